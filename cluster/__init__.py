@@ -1,0 +1,1 @@
+"""The composition root: everything that speaks to Ray, and the command line."""
