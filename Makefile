@@ -1,0 +1,30 @@
+PYTHON ?= python3
+BIN ?= .venv/bin
+PROTO_OUT ?= .
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check protos
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile
+
+demo: .venv/.installed ## serve the shipped model on a local Ray, ask it something over gRPC, stop
+	$(BIN)/model1 demo
+
+test: .venv/.installed-dev ## the default tests: CPU, no network
+	$(BIN)/python -m pytest
+
+check: .venv/.installed-dev ## linters, types, import rules
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy && $(BIN)/lint-imports
+
+protos: .venv/.installed-dev ## regenerate protos/*_pb2*
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) \
+		--grpc_python_out=$(PROTO_OUT) protos/*.proto
+
+.venv/.installed: pyproject.toml
+	@echo "installing into .venv: a few minutes, once"
+	$(PYTHON) -m venv .venv && .venv/bin/pip install -q -e . && touch $@
+
+.venv/.installed-dev: .venv/.installed
+	.venv/bin/pip install -q -e '.[dev]' && touch $@

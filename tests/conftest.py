@@ -1,0 +1,29 @@
+"""The environment every test starts from, whatever the shell that started it held."""
+
+import os
+
+import pytest
+
+_SCRUBBED_PREFIXES = ("MODEL1_", "RAY_")
+_FIXED = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # One compute thread a process: two collapse when anything else runs on a small machine.
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def _settle_environment() -> None:
+    for name in [name for name in os.environ if name.startswith(_SCRUBBED_PREFIXES)]:
+        del os.environ[name]
+    os.environ.update(_FIXED)
+
+
+def pytest_configure() -> None:
+    # Before collection: Ray and OpenMP read theirs when they are first imported.
+    _settle_environment()
+
+
+@pytest.fixture(autouse=True)
+def _scrubbed_environment() -> None:
+    _settle_environment()
