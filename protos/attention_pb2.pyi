@@ -1,0 +1,118 @@
+from protos import inference_pb2 as _inference_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class AttentionGenerateRequest(_message.Message):
+    __slots__ = ("request_id", "token_ids", "temperature", "top_p", "top_k", "seed", "max_tokens", "stop_token_ids")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    max_tokens: int
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class AttentionGenerateResponse(_message.Message):
+    __slots__ = ("accepted", "tokens", "final")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINAL_FIELD_NUMBER: _ClassVar[int]
+    accepted: AttentionAccepted
+    tokens: AttentionTokens
+    final: AttentionFinal
+    def __init__(self, accepted: _Optional[_Union[AttentionAccepted, _Mapping]] = ..., tokens: _Optional[_Union[AttentionTokens, _Mapping]] = ..., final: _Optional[_Union[AttentionFinal, _Mapping]] = ...) -> None: ...
+
+class AttentionAccepted(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AttentionTokens(_message.Message):
+    __slots__ = ("token_ids",)
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class AttentionFinal(_message.Message):
+    __slots__ = ("finish_reason",)
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    finish_reason: _inference_pb2.FinishReason
+    def __init__(self, finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ...) -> None: ...
+
+class AttentionAbortRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class AttentionAbortResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AttentionStatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AttentionStatsResponse(_message.Message):
+    __slots__ = ("worker", "draining", "waiting_sequences", "running_sequences", "accepted_requests", "finished_requests", "cancelled_requests", "failed_requests", "steps", "prompt_tokens", "completion_tokens", "largest_batch_tokens", "layer_crossings", "crossing_seconds_p50", "crossing_seconds_p99", "crossing_wait_seconds_p50", "crossing_wait_seconds_p99")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_CROSSINGS_FIELD_NUMBER: _ClassVar[int]
+    CROSSING_SECONDS_P50_FIELD_NUMBER: _ClassVar[int]
+    CROSSING_SECONDS_P99_FIELD_NUMBER: _ClassVar[int]
+    CROSSING_WAIT_SECONDS_P50_FIELD_NUMBER: _ClassVar[int]
+    CROSSING_WAIT_SECONDS_P99_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    draining: bool
+    waiting_sequences: int
+    running_sequences: int
+    accepted_requests: int
+    finished_requests: int
+    cancelled_requests: int
+    failed_requests: int
+    steps: int
+    prompt_tokens: int
+    completion_tokens: int
+    largest_batch_tokens: int
+    layer_crossings: int
+    crossing_seconds_p50: float
+    crossing_seconds_p99: float
+    crossing_wait_seconds_p50: float
+    crossing_wait_seconds_p99: float
+    def __init__(self, worker: _Optional[str] = ..., draining: _Optional[bool] = ..., waiting_sequences: _Optional[int] = ..., running_sequences: _Optional[int] = ..., accepted_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., largest_batch_tokens: _Optional[int] = ..., layer_crossings: _Optional[int] = ..., crossing_seconds_p50: _Optional[float] = ..., crossing_seconds_p99: _Optional[float] = ..., crossing_wait_seconds_p50: _Optional[float] = ..., crossing_wait_seconds_p99: _Optional[float] = ...) -> None: ...
+
+class AttentionDrainRequest(_message.Message):
+    __slots__ = ("grace_seconds",)
+    GRACE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    grace_seconds: float
+    def __init__(self, grace_seconds: _Optional[float] = ...) -> None: ...
+
+class AttentionDrainResponse(_message.Message):
+    __slots__ = ("aborted_requests",)
+    ABORTED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    aborted_requests: int
+    def __init__(self, aborted_requests: _Optional[int] = ...) -> None: ...
