@@ -16,7 +16,7 @@ test: .venv/.installed-dev ## the default tests: CPU, no network
 
 check: .venv/.installed-dev ## linters, types, import rules
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/mypy && $(BIN)/lint-imports
+	$(BIN)/mypy && $(BIN)/lint-imports --no-logo
 
 protos: .venv/.installed-dev ## regenerate protos/*_pb2*
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) \
