@@ -1,0 +1,1 @@
+"""Attention worker: sequences, the batching loop, the KV pool, all weights but the experts."""

@@ -1,0 +1,1 @@
+"""Gateway: client streams, admission, tokenizer. Imports no torch."""
