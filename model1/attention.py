@@ -1,0 +1,168 @@
+"""The attention sublayer: one shared K=V head, sliding window, compressed entries, sink.
+
+Spec section 2.2. T tokens, H heads, d head_dim, r rotary dims, G groups of the output projection.
+A CSA layer computes on the entries its indexer chose and on no others; nothing of size [T, T] or
+[T, all entries] exists but the indexer's own scores.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model1.batch import ENTRY_TILE, Batch, Tile
+from model1.compressor import compress
+from model1.config import AttentionKind, ModelConfig
+from model1.indexer import IndexQueries
+from model1.kv_pool import LayerKV
+from model1.modules import AttentionWeights
+from model1.numerics import bmm, linear, rms_norm
+from model1.rope import Rope, rotate, rotations
+
+
+@dataclass(frozen=True, slots=True)
+class Rotations:
+    """Complex rotations of one step, by what they turn: tokens, and the entries that close."""
+
+    main: Tensor  # [T, r/2] for sliding-window layers
+    compress: Tensor  # [T, r/2] for CSA and HCA layers
+    csa_entries: Tensor  # [C, r/2]
+    hca_entries: Tensor  # [C', r/2]
+
+    @classmethod
+    def of(cls, batch: Batch, rope: Rope) -> "Rotations":
+        return cls(
+            rotations(batch.positions, rope.main),
+            rotations(batch.positions, rope.compress),
+            rotations(batch.csa.entry_positions, rope.compress),
+            rotations(batch.hca.entry_positions, rope.compress),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _KeyTile:
+    """Keys `[B, K, d]` in the pool's dtype and who sees them, `bias [G, R, K]` float32.
+
+    B is G (keys shared by a sequence's queries) or G*R (keys of one query).
+    """
+
+    keys: Tensor
+    bias: Tensor
+
+
+def attention(
+    x: Tensor,
+    weights: AttentionWeights,
+    kind: AttentionKind,
+    kv: LayerKV,
+    batch: Batch,
+    turns: Rotations,
+    config: ModelConfig,
+) -> Tensor:
+    """`x [T, D] -> [T, D]`; writes the step's KV into `kv`."""
+    eps = config.rms_norm_eps
+    by = turns.main if kind is AttentionKind.SWA else turns.compress
+    q_latent = rms_norm(linear(x, weights.wq_a.weight), weights.q_norm.weight, eps)
+    q = linear(q_latent, weights.wq_b.weight).unflatten(-1, (-1, config.head_dim))  # [T, H, d]
+    q = rotate(rms_norm(q, None, eps), by)
+    row = rotate(rms_norm(linear(x, weights.wkv.weight), weights.kv_norm.weight, eps), by)
+    kv.window.flatten(0, 1).index_copy_(0, batch.window_rows, row)
+
+    index: IndexQueries | None = None
+    if kind is AttentionKind.CSA:
+        compressor, own = weights.compressor, weights.indexer.compressor
+        entry_turns = turns.csa_entries
+        compress(x, compressor, batch.csa, kv.state, kv.entries, entry_turns, eps)
+        compress(x, own, batch.csa, kv.index_state, kv.index_keys, entry_turns, eps)
+        if any(tile.max_csa > config.index_topk for tile in batch.tiles):
+            index = IndexQueries(x, q_latent, weights.indexer, by, config)
+    elif kind is AttentionKind.HCA:
+        compress(
+            x, weights.compressor, batch.hca, kv.state, kv.entries, turns.hca_entries, eps
+        )
+
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    for tile in batch.tiles:
+        tiles = [_window_tile(tile, kv)]
+        if kind is AttentionKind.CSA:
+            tiles += _csa_tiles(tile, kv, index, config.index_topk)
+        elif kind is AttentionKind.HCA:
+            tiles += _hca_tiles(tile, kv)
+        queries = q[tile.start : tile.end].unflatten(0, (tile.num_sequences, -1))
+        out[tile.start : tile.end] = _attend(queries, tiles, weights.attn_sink).flatten(0, 1)
+
+    o = rotate(out, by.conj()).to(x.dtype)  # V carries the rotation too: turn back (trap T8)
+    o = o.flatten(1).unflatten(-1, (config.o_groups, -1)).transpose(0, 1)  # [G, T, H/G*d]
+    wo_a = weights.wo_a.weight.unflatten(0, (config.o_groups, -1))  # [G, o_rank, H/G*d]
+    z = bmm(o, wo_a.mT).transpose(0, 1).flatten(1)  # [T, G*o_rank]
+    return linear(z, weights.wo_b.weight)
+
+
+def _attend(q: Tensor, tiles: list[_KeyTile], sink: Tensor) -> Tensor:
+    """Softmax over all tiles' keys plus the sink: `q [G, R, H, d]` -> float32, same shape.
+
+    Scores, weights and sums are float32. Tiles are added one after the other; one that a query
+    sees nothing of adds exact zeros.
+    """
+    g, r, heads, d = q.shape
+    q = q.float() * d**-0.5
+    tiles32 = [(tile.keys.float(), tile.bias.unsqueeze(2)) for tile in tiles]
+    scores = [
+        bmm(q.reshape(len(keys), -1, d), keys.mT).view(g, r, heads, -1) + bias
+        for keys, bias in tiles32
+    ]
+    peak = scores[0].amax(dim=-1, keepdim=True)  # a query always sees itself: finite
+    for s in scores[1:]:
+        peak = torch.maximum(peak, s.amax(dim=-1, keepdim=True))
+    total = torch.exp(sink.unsqueeze(-1) - peak)  # [G, R, H, 1]
+    out = torch.zeros_like(q)
+    for (keys, _), s in zip(tiles32, scores, strict=True):
+        p = torch.exp(s - peak)
+        total = total + p.sum(dim=-1, keepdim=True)
+        out = out + bmm(p.view(len(keys), -1, keys.shape[1]), keys).view(q.shape)
+    return out / total
+
+
+def _window_tile(tile: Tile, kv: LayerKV) -> _KeyTile:
+    return _KeyTile(kv.window[tile.window_pages].flatten(1, 2), tile.window_bias)
+
+
+def _hca_tiles(tile: Tile, kv: LayerKV) -> list[_KeyTile]:
+    return [
+        _KeyTile(
+            kv.entries[tile.entry_blocks[:, first : first + ENTRY_TILE]].flatten(1, 2),
+            tile.hca_bias[:, :, first : first + ENTRY_TILE],
+        )
+        for first in range(0, tile.max_hca, ENTRY_TILE)
+    ]
+
+
+def _csa_tiles(
+    tile: Tile, kv: LayerKV, index: IndexQueries | None, topk: int
+) -> list[_KeyTile]:
+    if tile.max_csa == 0:
+        return []
+    per_block, d = kv.entries.shape[1:]
+    flat = kv.entries.flatten(0, 1)
+    g, r = tile.num_csa.shape
+    if tile.max_csa <= topk:  # every visible entry is chosen: the queries share their keys
+        number = torch.arange(-(-tile.max_csa // ENTRY_TILE) * ENTRY_TILE, device=flat.device)
+        block = tile.entry_blocks[:, number // per_block]
+        rows = (block * per_block + number % per_block).unsqueeze(1)  # [G, 1, K]
+        visible = number < tile.num_csa.unsqueeze(-1)
+    else:
+        assert index is not None
+        number = index.select(tile, kv.index_keys, topk)  # [G, R, topk]
+        visible = number < tile.num_csa.unsqueeze(-1)
+        block = tile.entry_blocks.gather(1, (number // per_block).flatten(1)).view(number.shape)
+        rows = F.pad(block * per_block + number % per_block, (0, -topk % ENTRY_TILE))
+        visible = F.pad(visible, (0, -topk % ENTRY_TILE))
+    bias = torch.zeros(visible.shape, device=flat.device).masked_fill_(~visible, -torch.inf)
+    return [
+        _KeyTile(
+            flat[rows[..., first : first + ENTRY_TILE].flatten(0, 1)],
+            bias[..., first : first + ENTRY_TILE],
+        )
+        for first in range(0, rows.shape[-1], ENTRY_TILE)
+    ]

@@ -1,0 +1,58 @@
+"""Compressed KV entries: one for every 4 (CSA) or 128 (HCA) tokens. Spec section 2.4.
+
+An entry is a softmax-gated mean, channel by channel, of its windows' rows. Everything up to the
+entry's norm is float32. T tokens, C windows that close in this step, m ratio.
+"""
+
+import torch
+from torch import Tensor
+
+from model1.batch import Compression
+from model1.modules import CompressorWeights
+from model1.numerics import linear, rms_norm
+from model1.rope import rotate
+
+
+def compress(
+    x: Tensor,
+    weights: CompressorWeights,
+    plan: Compression,
+    state: Tensor,
+    entries: Tensor,
+    entry_rotations: Tensor,
+    eps: float,
+) -> None:
+    """Write the entries that close in this step, then keep the open windows' rows.
+
+    `x [T, D]`; `state [slots, rows, 2 * width]` float32 and `entries [blocks, n, d]` are updated
+    in place; `entry_rotations [C, r/2]` complex.
+    """
+    x32 = x.float()
+    z = linear(x32, weights.wgate.weight) + weights.ape[plan.phase]
+    rows = torch.cat([linear(x32, weights.wkv.weight), z], dim=-1)  # [T, 2*width]
+    state = state.flatten(0, 1)
+    if plan.num_entries:
+        empty = torch.zeros_like(rows[:1])
+        empty[:, z.shape[1] :] = -torch.inf  # a window before the first: no weight in the softmax
+        gathered = torch.cat([state[plan.old_rows], rows, empty])[plan.sources]
+        c, z = _series(gathered, d=entries.shape[-1])  # [C, slots, d] each
+        pooled = (z.softmax(dim=1) * c).sum(dim=1).to(entries.dtype)
+        entry = rotate(rms_norm(pooled, weights.norm.weight, eps), entry_rotations)
+        entries.flatten(0, 1).index_copy_(0, plan.entry_rows, entry)
+    state.index_copy_(0, plan.saved_rows, rows[plan.saved_tokens])
+
+
+def _series(gathered: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """(c, z) of each slot from rows `[C, slots, 2 * width]`.
+
+    HCA has one series, width d. CSA has two, width 2 * d: the window before an entry's own
+    contributes the first, its own window the second.
+    """
+    c, z = gathered.chunk(2, dim=-1)
+    if c.shape[-1] == d:
+        return c, z
+    m = gathered.shape[1] // 2
+    return (
+        torch.cat([c[:, :m, :d], c[:, m:, d:]], dim=1),
+        torch.cat([z[:, :m, :d], z[:, m:, d:]], dim=1),
+    )

@@ -1,0 +1,148 @@
+"""Mixture of experts: who computes a token (`route`) and the routed experts themselves.
+
+`ExpertBank` is a pure function of (layer, rows): it holds weights and no state, knows neither
+sequences nor KV, and can therefore run in any process, on any replica (design rule 1).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model1.config import ModelConfig
+from model1.modules import GateWeights, SharedExpertWeights
+from model1.numerics import linear, softplus, swiglu
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCall:
+    """One layer's routed work: `sum_k weights[t, k] * expert[expert_ids[t, k]](rows[t])`.
+
+    `rows [T, D]` model dtype; `expert_ids [T, k]` int32, ascending in each row (the order in
+    which outputs are added, design rule 2); `weights [T, k]` float32.
+    """
+
+    layer: int
+    rows: Tensor
+    expert_ids: Tensor
+    weights: Tensor
+
+
+def route(x: Tensor, token_ids: Tensor, gate: GateWeights, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """`x [T, D]` -> (expert ids `[T, k]` int32 ascending, weights `[T, k]` float32).
+
+    All in float32 (trap T12). Ties in the choice go to the lowest expert id.
+    """
+    scores = softplus(linear(x.float(), gate.weight)).sqrt()  # [T, E]
+    if hasattr(gate, "bias"):
+        ranked = torch.sort(scores + gate.bias, dim=-1, descending=True, stable=True).indices
+        chosen = ranked[:, : config.num_experts_per_tok]
+    else:
+        chosen = gate.tid2eid[token_ids]
+    ids = chosen.sort(dim=-1).values
+    weights = scores.gather(1, ids)
+    total = _sum_in_order(weights.unsqueeze(-1)) + 1e-20
+    return ids.to(torch.int32), weights / total * config.routed_scaling_factor
+
+
+def shared_expert(x: Tensor, weights: SharedExpertWeights, limit: float) -> Tensor:
+    """`x [T, D] -> [T, D]`, both in the model dtype."""
+    gate, up = linear(x, weights.w1.weight), linear(x, weights.w3.weight)
+    return linear(swiglu(gate, up, limit).to(x.dtype), weights.w2.weight)
+
+
+def combine(pairs: Tensor) -> Tensor:
+    """Add each token's expert rows: `[T, k, D]` in ascending expert id -> float32 `[T, D]`.
+
+    One after the other in float32, so the result is the same wherever the rows came from.
+    """
+    return _sum_in_order(pairs)
+
+
+def _sum_in_order(rows: Tensor) -> Tensor:
+    total = rows[:, 0].float()
+    for k in range(1, rows.shape[1]):
+        total = total + rows[:, k].float()
+    return total
+
+
+class ExpertLayer(nn.Module):
+    """Weights of the held experts of one layer: `w13 [E, 2*I, D]` (gate rows, then up), `w2`."""
+
+    def __init__(
+        self, config: ModelConfig, num_held: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        self.w13 = nn.Parameter(torch.empty(num_held, 2 * width, hidden, dtype=dtype, device=device))
+        self.w2 = nn.Parameter(torch.empty(num_held, hidden, width, dtype=dtype, device=device))
+
+
+class ExpertBank(nn.Module):
+    """The routed experts `expert_ids` of every layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        expert_ids: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.expert_ids = tuple(expert_ids)
+        device = torch.device(device)
+        self.layers = nn.ModuleList(
+            ExpertLayer(config, len(self.expert_ids), dtype, device)
+            for _ in range(config.num_hidden_layers)
+        )
+        slots = torch.full((config.n_routed_experts,), -1, dtype=torch.int64)
+        slots[list(self.expert_ids)] = torch.arange(len(self.expert_ids))
+        self._slot_of_expert = slots.tolist()
+
+    def forward(
+        self, layer: int, rows: Tensor, row_index: Tensor, expert_ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        """One output row a (token, expert) pair, in the order of the pairs.
+
+        Args:
+            layer: which layer's experts.
+            rows: `[N, D]` model dtype.
+            row_index: `[P]` int64, the pair's row.
+            expert_ids: `[P]` int64, the pair's expert (must be held).
+            weights: `[P]` float32, applied to the hidden activation before w2, as the reference.
+
+        Returns:
+            `[P, D]` model dtype. An output row depends on its own pair alone.
+        """
+        held: ExpertLayer = self.layers[layer]  # type: ignore[assignment]
+        order = expert_ids.argsort(stable=True)
+        counts = torch.bincount(expert_ids, minlength=self.config.n_routed_experts).tolist()
+        groups: list[tuple[int, int, int]] = []  # (slot, start, end) into the sorted pairs
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                groups.append((self._slot_of_expert[expert], start, start + count))
+                start += count
+        x = rows[row_index[order]]  # [P, D]
+        gate_up = torch.cat([linear(x[a:b], held.w13[slot]) for slot, a, b in groups])  # [P, 2*I]
+        gate, up = gate_up.chunk(2, dim=-1)
+        hidden = swiglu(gate, up, self.config.swiglu_limit) * weights[order].unsqueeze(-1)
+        hidden = hidden.to(rows.dtype)
+        out = torch.cat([linear(hidden[a:b], held.w2[slot]) for slot, a, b in groups])
+        return torch.empty_like(out).index_copy_(0, order, out)
+
+
+def local_sum(bank: ExpertBank, call: ExpertCall) -> Tensor:
+    """Answer an `ExpertCall` from a bank that holds all experts: float32 `[T, D]`."""
+    tokens, k = call.expert_ids.shape
+    row_index = torch.arange(tokens, device=call.rows.device).repeat_interleave(k)
+    pairs = bank(
+        call.layer,
+        call.rows,
+        row_index,
+        call.expert_ids.flatten().long(),
+        call.weights.flatten(),
+    )
+    return combine(pairs.unflatten(0, (tokens, k)))
