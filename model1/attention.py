@@ -18,25 +18,25 @@ from model1.indexer import IndexQueries
 from model1.kv_pool import LayerKV
 from model1.modules import AttentionWeights
 from model1.numerics import bmm, linear, rms_norm
-from model1.rope import Rope, rotate, rotations
+from model1.rope import Rope, Rotation, rotate
 
 
 @dataclass(frozen=True, slots=True)
 class Rotations:
-    """Complex rotations of one step, by what they turn: tokens, and the entries that close."""
+    """One step's rotations, by what they turn: its tokens, and the entries that close."""
 
-    main: Tensor  # [T, r/2] for sliding-window layers
-    compress: Tensor  # [T, r/2] for CSA and HCA layers
-    csa_entries: Tensor  # [C, r/2]
-    hca_entries: Tensor  # [C', r/2]
+    main: Rotation  # tokens in sliding-window layers
+    compress: Rotation  # tokens in CSA and HCA layers
+    csa_entries: Rotation
+    hca_entries: Rotation
 
     @classmethod
     def of(cls, batch: Batch, rope: Rope) -> "Rotations":
         return cls(
-            rotations(batch.positions, rope.main),
-            rotations(batch.positions, rope.compress),
-            rotations(batch.csa.entry_positions, rope.compress),
-            rotations(batch.hca.entry_positions, rope.compress),
+            Rotation.at(batch.positions, rope.main),
+            Rotation.at(batch.positions, rope.compress),
+            Rotation.at(batch.csa.entry_positions, rope.compress),
+            Rotation.at(batch.hca.entry_positions, rope.compress),
         )
 
 
@@ -92,7 +92,7 @@ def attention(
         queries = q[tile.start : tile.end].unflatten(0, (tile.num_sequences, -1))
         out[tile.start : tile.end] = _attend(queries, tiles, weights.attn_sink).flatten(0, 1)
 
-    o = rotate(out, by.conj()).to(x.dtype)  # V carries the rotation too: turn back (trap T8)
+    o = rotate(out, by.inverse()).to(x.dtype)  # V carries the rotation too: turn back (trap T8)
     o = o.flatten(1).unflatten(-1, (config.o_groups, -1)).transpose(0, 1)  # [G, T, H/G*d]
     wo_a = weights.wo_a.weight.unflatten(0, (config.o_groups, -1))  # [G, o_rank, H/G*d]
     z = bmm(o, wo_a.mT).transpose(0, 1).flatten(1)  # [T, G*o_rank]

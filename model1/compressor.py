@@ -10,7 +10,7 @@ from torch import Tensor
 from model1.batch import Compression
 from model1.modules import CompressorWeights
 from model1.numerics import linear, rms_norm
-from model1.rope import rotate
+from model1.rope import Rotation, rotate
 
 
 def compress(
@@ -19,13 +19,13 @@ def compress(
     plan: Compression,
     state: Tensor,
     entries: Tensor,
-    entry_rotations: Tensor,
+    entry_rotations: Rotation,
     eps: float,
 ) -> None:
     """Write the entries that close in this step, then keep the open windows' rows.
 
     `x [T, D]`; `state [slots, rows, 2 * width]` float32 and `entries [blocks, n, d]` are updated
-    in place; `entry_rotations [C, r/2]` complex.
+    in place; `entry_rotations` turns the C entries.
     """
     x32 = x.float()
     z = linear(x32, weights.wgate.weight) + weights.ape[plan.phase]

@@ -30,9 +30,9 @@ def mix(
     """
     n = config.hc_mult
     raw = _normed_projection(streams, fn, config.rms_norm_eps)
-    pre = sigmoid(torch.addcmul(base[:n], raw[:, :n], scale[0])) + config.hc_eps
-    post = 2.0 * sigmoid(torch.addcmul(base[n : 2 * n], raw[:, n : 2 * n], scale[1]))
-    comb = torch.addcmul(base[2 * n :], raw[:, 2 * n :], scale[2]).unflatten(-1, (n, n))
+    pre = sigmoid(raw[:, :n] * scale[0] + base[:n]) + config.hc_eps
+    post = 2.0 * sigmoid(raw[:, n : 2 * n] * scale[1] + base[n : 2 * n])
+    comb = (raw[:, 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
     return Mix(pre, post, sinkhorn(comb, config.hc_sinkhorn_iters, config.hc_eps))
 
 
@@ -63,7 +63,7 @@ def collapse(
 ) -> Tensor:
     """The head's learned mix of the streams: `[T, n, D] -> [T, D]` (spec section 2.7)."""
     raw = _normed_projection(streams, fn, config.rms_norm_eps)
-    return read(streams, sigmoid(torch.addcmul(base, raw, scale)) + config.hc_eps)
+    return read(streams, sigmoid(raw * scale + base) + config.hc_eps)
 
 
 def _normed_projection(streams: Tensor, fn: Tensor, eps: float) -> Tensor:

@@ -6,7 +6,8 @@ show (measured on torch 2.13, x86-64, one thread; `tests/model1/test_numerics.py
 
 * float32 matrix products take another path below 4 rows: fewer rows are padded to 4;
 * float32 `sigmoid`, `silu` and `softplus` round differently in the vector tail, so they are
-  composed here from `exp`, `log1p` and division, which do not.
+  composed here from `exp`, `log1p` and division, which do not. `addcmul` and complex
+  products have the same fault: multiply and add separately.
 """
 
 import torch

@@ -1,11 +1,11 @@
 """Rotary embedding: interleaved pairs on the trailing dimensions, float32 (traps T1, T6, T13).
 
 A layer has one table: plain for sliding-window layers, YaRN for CSA and HCA (trap T4).
-Rotations are complex numbers `[T, r/2]` made per step from the positions; no table of a million
-positions is kept.
+Rotations are made per step from the positions; no table of a million positions is kept.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,21 +24,38 @@ class Rope:
         )
 
 
-def rotations(positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
-    """`positions [T]` int -> unit complex numbers complex64 `[T, r/2]`."""
-    angles = positions.float().unsqueeze(-1) * inverse_frequencies
-    return torch.complex(angles.cos(), angles.sin())
+class Rotation(NamedTuple):
+    """An angle for each row and pair: float32 `[T, r]`, both entries of a pair beside each other.
 
-
-def rotate(x: Tensor, by: Tensor) -> Tensor:
-    """Rotate the trailing `r` dimensions of `x [T, ..., d]` by `by [T, r/2]`; same shape, dtype.
-
-    Pairs are (2i, 2i+1). The conjugate of `by` rotates back.
+    `sin` carries the sign of the formula: (-sin, +sin) for the pair's (even, odd) entry.
     """
-    r = 2 * by.shape[-1]
-    pairs = torch.view_as_complex(x[..., -r:].float().unflatten(-1, (-1, 2)).contiguous())
-    turned = pairs * by.view(by.shape[0], *[1] * (x.dim() - 2), -1)
-    return torch.cat([x[..., :-r], torch.view_as_real(turned).flatten(-2).to(x.dtype)], dim=-1)
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def at(cls, positions: Tensor, inverse_frequencies: Tensor) -> "Rotation":
+        """Rotations for `positions [T]` int."""
+        angles = positions.float().unsqueeze(-1) * inverse_frequencies
+        sin = angles.sin()
+        return cls(angles.cos().repeat_interleave(2, dim=-1), torch.stack((-sin, sin), -1).flatten(1))
+
+    def inverse(self) -> "Rotation":
+        return Rotation(self.cos, -self.sin)
+
+
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """Turn the trailing `r` dimensions of `x [T, ..., d]`; same shape and dtype.
+
+    Pairs are (2i, 2i+1). NOTE: not written with complex numbers, whose product torch rounds
+    differently in the vector tail (see `model1.numerics`).
+    """
+    r = by.cos.shape[-1]
+    shape = (-1, *[1] * (x.dim() - 2), r)
+    pairs = x[..., -r:].float()
+    swapped = pairs.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    turned = pairs * by.cos.view(shape) + swapped * by.sin.view(shape)
+    return torch.cat([x[..., :-r], turned.to(x.dtype)], dim=-1)
 
 
 def _inverse_frequencies(theta: float, dim: int, yarn: YarnConfig | None) -> Tensor:
