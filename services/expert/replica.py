@@ -1,0 +1,103 @@
+"""Owns the routed-expert weights of one replica and computes with them: a pure function of
+(layer, rows), checked against what this replica holds.
+
+Knows no stream, no call id and no router. Keeps counters, and nothing else that could differ
+between two replicas of the same experts.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model1.moe import ExpertBank
+from services import errors
+from services.wire import BFLOAT16_WORD, FLOAT32_WORD, ExpertRows, Words
+
+_WORD_OF = {torch.bfloat16: BFLOAT16_WORD, torch.float32: FLOAT32_WORD}
+
+
+@dataclass(slots=True)
+class ReplicaCounters:
+    """Since the start. `pairs` are (row, expert) pairs, the unit of work."""
+
+    calls: int = 0
+    rows: int = 0
+    pairs: int = 0
+    failed_calls: int = 0
+    skipped_calls: int = 0  # cancelled, or past their deadline, before their turn
+    busy_seconds: float = 0.0
+
+
+class ExpertReplica:
+    def __init__(self, name: str, bank: ExpertBank) -> None:
+        self.name = name
+        self.expert_ids = tuple(sorted(bank.expert_ids))
+        self.counters = ReplicaCounters()
+        weight = next(bank.parameters())
+        self._bank = bank
+        self._dtype, self._device = weight.dtype, weight.device
+        self._word = _WORD_OF[weight.dtype]
+        self._held = np.zeros(bank.config.n_routed_experts, dtype=bool)
+        self._held[list(self.expert_ids)] = True
+
+    def compute(self, call: ExpertRows) -> Words:
+        """One row a pair [P, D], in the call's order. Raises ModelMismatch."""
+        self._check(call)
+        if not len(call.row_index):
+            return call.rows[:0]
+        started = time.perf_counter()
+        with torch.inference_mode():
+            pair_rows = self._bank(
+                call.layer,
+                self._to_torch(call.rows).view(self._dtype),
+                self._to_torch(call.row_index).long(),
+                self._to_torch(call.expert_ids).long(),
+                self._to_torch(call.weights),
+            )
+        answer: Words = pair_rows.cpu().contiguous().view(_storage_of(self._dtype)).numpy()
+        self.counters.busy_seconds += time.perf_counter() - started
+        self.counters.calls += 1
+        self.counters.rows += len(call.rows)
+        self.counters.pairs += len(call.row_index)
+        return answer
+
+    def _check(self, call: ExpertRows) -> None:
+        config = self._bank.config
+        if not 0 <= call.layer < config.num_hidden_layers:
+            raise errors.ModelMismatch(
+                f"layer {call.layer}: the model of replica {self.name} has "
+                f"{config.num_hidden_layers} layers"
+            )
+        if call.rows.shape[1] != config.hidden_size:
+            raise errors.ModelMismatch(
+                f"rows of hidden size {call.rows.shape[1]}: replica {self.name} has "
+                f"{config.hidden_size}"
+            )
+        if call.rows.dtype != self._word:
+            raise errors.ModelMismatch(
+                f"rows of {8 * call.rows.dtype.itemsize} bits: replica {self.name} computes in "
+                f"{self._dtype}"
+            )
+        ids = call.expert_ids
+        outside = (ids < 0) | (ids >= len(self._held))
+        foreign = outside | ~self._held[np.where(outside, 0, ids)]
+        if foreign.any():
+            raise errors.ModelMismatch(
+                f"expert {ids[foreign.argmax()]} is not held by replica {self.name}"
+            )
+
+    def _to_torch(self, array: NDArray[Any]) -> Tensor:
+        # A copy, since what arrived is read-only memory, which torch does not know.
+        return torch.from_numpy(array.copy()).to(self._device)
+
+
+def _storage_of(dtype: torch.dtype) -> torch.dtype:
+    """numpy has no bfloat16: its words travel as uint16."""
+    return torch.uint16 if dtype == torch.bfloat16 else dtype

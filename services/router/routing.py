@@ -1,0 +1,113 @@
+"""Decides which replica computes which (row, expert) pairs. Plain values in, plain values out.
+
+Knows no stream, clock or model. A table never changes; the next one has a higher epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Load(NamedTuple):
+    """What is compared to choose a replica: what it still owes, then what it was ever given."""
+
+    outstanding_pairs: int
+    total_pairs: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGroup:
+    """Experts that live on the same replicas, whatever else those hold."""
+
+    expert_ids: tuple[int, ...]
+    replicas: tuple[str, ...]  # addresses
+
+    def __str__(self) -> str:
+        return f"group of experts {_ranges(self.expert_ids)} on {', '.join(self.replicas) or '-'}"
+
+
+class NoReplica(LookupError):
+    """None of the replicas that hold a needed expert may be used now."""
+
+    def __init__(self, group: ExpertGroup) -> None:
+        super().__init__(f"no usable replica for the {group}")
+        self.group = group
+
+
+class Share(NamedTuple):
+    """The pairs that go to one replica in one message."""
+
+    replica: str
+    positions: NDArray[np.intp]  # into the pairs that were split, ascending
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoutingTable:
+    """expert -> replicas, the same for every layer. Every expert is in exactly one group."""
+
+    epoch: int
+    groups: tuple[ExpertGroup, ...]
+    group_of_expert: NDArray[np.intp]  # [num_experts]
+
+    @classmethod
+    def of(cls, epoch: int, replicas_of_expert: Sequence[Sequence[str]]) -> RoutingTable:
+        """`replicas_of_expert[e]` are the addresses that hold expert e; experts with the same
+        addresses form a group."""
+        members: dict[tuple[str, ...], list[int]] = {}
+        for expert_id, replicas in enumerate(replicas_of_expert):
+            members.setdefault(tuple(sorted(set(replicas))), []).append(expert_id)
+        groups = tuple(ExpertGroup(tuple(ids), replicas) for replicas, ids in members.items())
+        group_of_expert = np.empty(len(replicas_of_expert), dtype=np.intp)
+        for group_id, group in enumerate(groups):
+            group_of_expert[list(group.expert_ids)] = group_id
+        group_of_expert.flags.writeable = False
+        return cls(epoch=epoch, groups=groups, group_of_expert=group_of_expert)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.group_of_expert)
+
+    @property
+    def replicas(self) -> frozenset[str]:
+        return frozenset(replica for group in self.groups for replica in group.replicas)
+
+    def split(self, expert_ids: NDArray[np.int32], loads: Mapping[str, Load]) -> list[Share]:
+        """Which replica gets which of the pairs `expert_ids` [P].
+
+        `loads` names the replicas that may be used. Every group with pairs takes its least loaded
+        replica; groups that take the same one share a message. Raises NoReplica.
+        """
+        group_of_pair = self.group_of_expert[expert_ids]  # [P]
+        wanted = np.flatnonzero(np.bincount(group_of_pair, minlength=len(self.groups)))
+        chosen: dict[str, int] = {}  # replica -> share
+        share_of_group = np.zeros(len(self.groups), dtype=np.intp)
+        for group_id in wanted.tolist():
+            group = self.groups[group_id]
+            usable = [replica for replica in group.replicas if replica in loads]
+            if not usable:
+                raise NoReplica(group)
+            replica = min(usable, key=lambda address: loads[address])
+            share_of_group[group_id] = chosen.setdefault(replica, len(chosen))
+        if len(chosen) == 1:
+            return [Share(replica, np.arange(len(expert_ids))) for replica in chosen]
+        share_of_pair = share_of_group[group_of_pair]  # [P]
+        return [
+            Share(replica, np.flatnonzero(share_of_pair == share))
+            for replica, share in chosen.items()
+        ]
+
+
+def _ranges(ids: Sequence[int]) -> str:
+    """0-3,7 rather than 0,1,2,3,7: groups have hundreds of experts."""
+    spans: list[list[int]] = []
+    for expert_id in sorted(ids):
+        if spans and expert_id == spans[-1][1] + 1:
+            spans[-1][1] = expert_id
+        else:
+            spans.append([expert_id, expert_id])
+    return ",".join(f"{a}-{b}" if a != b else f"{a}" for a, b in spans)
