@@ -4,10 +4,14 @@ Everything the client left open is settled here: the prompt is token ids, the en
 model are among the stop tokens, the seed is drawn. Knows neither tokenizer nor engine.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from model1.errors import InvalidRequest
 from protos import attention_pb2, inference_pb2
+
+MAX_REQUEST_ID_LENGTH = 128
 
 
 class FinishReason(StrEnum):
@@ -19,7 +23,10 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """A valid request: whoever builds one has checked it against the model."""
+    """A request whose values make sense; whether they fit a model is for its holder to check.
+
+    Raises InvalidRequest naming the value that does not.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -31,8 +38,21 @@ class GenerationRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        assert self.token_ids, f"request {self.request_id} has an empty prompt"
-        assert self.max_tokens >= 1, f"request {self.request_id} asks for no token"
+        if not self.request_id or len(self.request_id) > MAX_REQUEST_ID_LENGTH:
+            raise InvalidRequest(
+                f"request_id must have 1 to {MAX_REQUEST_ID_LENGTH} characters, "
+                f"not {len(self.request_id)}"
+            )
+        if not self.token_ids:
+            raise InvalidRequest("the prompt is empty")
+        if self.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not 0 <= self.temperature <= 100:
+            raise InvalidRequest(f"temperature must be between 0 and 100, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InvalidRequest(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.top_k < 0:
+            raise InvalidRequest(f"top_k must be 0 (off) or more, not {self.top_k}")
 
     @property
     def max_total_tokens(self) -> int:
@@ -54,6 +74,7 @@ def request_to_wire(request: GenerationRequest) -> attention_pb2.AttentionGenera
 
 
 def request_from_wire(message: attention_pb2.AttentionGenerateRequest) -> GenerationRequest:
+    """Raises InvalidRequest, like the constructor."""
     return GenerationRequest(
         request_id=message.request_id,
         token_ids=tuple(message.token_ids),
@@ -64,6 +85,15 @@ def request_from_wire(message: attention_pb2.AttentionGenerateRequest) -> Genera
         top_k=message.top_k,
         seed=message.seed,
     )
+
+
+def check_token_ids(token_ids: Iterable[int], vocab_size: int, what: str) -> None:
+    """Raises InvalidRequest naming the first id that is not one."""
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequest(
+                f"token id {token_id} in {what} is outside the vocabulary of {vocab_size} tokens"
+            )
 
 
 FINISH_REASON_TO_WIRE = {

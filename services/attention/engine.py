@@ -1,0 +1,261 @@
+"""The batching loop of an attention worker.
+
+One asyncio loop owns all state; computing happens inline in it, and others get their turn while a
+layer's rows are away. A step: end what was cancelled or is late, schedule, run, hand the tokens
+over. Knows no gRPC and no tensor.
+"""
+
+import asyncio
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from model1.errors import InvalidRequest, ModelError
+from model1.kv_pool import KVHandle, KVPool
+from model1.trunk import Trunk
+from services.attention.runner import Experts, StepRunner
+from services.attention.scheduler import Scheduler, SchedulerLimits, Slice
+from services.attention.sequence import Sequence, SequenceState
+from services.attention.stats import Counters, EngineStats
+from services.attention.stream import TokenStream
+from services.errors import (
+    DeadlineExceeded,
+    Draining,
+    DuplicateRequest,
+    InternalFailure,
+    RequestCancelled,
+    ServiceError,
+    UnknownRequest,
+)
+from services.generation import FinishReason, GenerationRequest, check_token_ids
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Limits of a step and of the patience with the experts."""
+
+    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
+    # A whole layer crossing; a hung router must not hold KV for ever.
+    crossing_timeout_s: float = 60.0
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A request from acceptance to its one end."""
+
+    sequence: Sequence[KVHandle]
+    stream: TokenStream
+    started_s: float
+    deadline_s: float | None  # on the loop's clock
+    ending: Exception | None = None  # why it ends at the next step's edge
+
+
+class Engine:
+    """Owner of the sequences, the KV pool and the step. `run` is its life; it starts nothing."""
+
+    def __init__(self, trunk: Trunk, pool: KVPool, experts: Experts, config: EngineConfig) -> None:
+        limits, capacity = config.limits, pool.capacity
+        if limits.max_batch_tokens > capacity.max_step_tokens:
+            raise ValueError(
+                f"max_batch_tokens {limits.max_batch_tokens} is more than the KV pool's "
+                f"max_step_tokens {capacity.max_step_tokens}"
+            )
+        self._vocab_size = trunk.config.vocab_size
+        self._pool = pool
+        self._scheduler: Scheduler[KVHandle] = Scheduler(limits, pool)
+        self._live: dict[str, _Live] = {}
+        self._counters = Counters()
+        self._runner = StepRunner(
+            trunk, pool, experts, self._counters, crossing_timeout_s=config.crossing_timeout_s
+        )
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._is_draining = False
+        self._is_closed = False
+
+    @contextmanager
+    def submit(
+        self, request: GenerationRequest, deadline_s: float | None = None
+    ) -> Iterator[TokenStream]:
+        """Queue a request; leaving the block before its end cancels it.
+
+        `deadline_s` is on the loop's clock. Raises Draining, DuplicateRequest, QueueFull or
+        InvalidRequest.
+        """
+        live = self._accept(request, deadline_s)
+        try:
+            yield live.stream
+        finally:
+            if not live.stream.has_ended:
+                self._end_soon(live, RequestCancelled("the client left"))
+
+    def abort(self, request_id: str) -> None:
+        """End a live request as cancelled within one step; raises UnknownRequest."""
+        live = self._live.get(request_id)
+        if live is None:
+            raise UnknownRequest(f"no live request has the id {request_id!r}")
+        self._end_soon(live, RequestCancelled(f"request {request_id!r} was aborted"))
+
+    async def drain(self, grace_s: float) -> int:
+        """Admit nothing more, wait until idle, abort what is left after `grace_s`.
+
+        Returns how many were aborted.
+        """
+        self._is_draining = True
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        except TimeoutError:
+            left = list(self._live.values())
+            for live in left:
+                self._end_soon(live, Draining("the worker shut down before the answer was done"))
+            await self._idle.wait()
+            return len(left)
+        return 0
+
+    def close(self) -> None:
+        """Let `run` return at the next step's edge; whatever is live then ends with Draining."""
+        self._is_draining = self._is_closed = True
+        self._wake.set()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            counters=copy.copy(self._counters),
+            waiting_sequences=self._scheduler.num_waiting,
+            running_sequences=self._scheduler.num_running,
+            draining=self._is_draining,
+        )
+
+    def check(self) -> None:
+        """Assert that scheduler and pool are whole. Not while a step runs."""
+        self._scheduler.check()
+        self._pool.check()
+        assert self._pool.usage().sequences == self._scheduler.num_running
+
+    async def run(self) -> None:
+        """Step until closed. However it ends, every request ends and every claim is freed."""
+        try:
+            while not self._is_closed:
+                self._end_cancelled_and_late()
+                slices = self._scheduler.schedule()
+                if slices:
+                    await self._step(slices)
+                    # Experts in this process never suspend: let the servers have their turn.
+                    await asyncio.sleep(0)
+                else:
+                    await self._wake.wait()
+                    self._wake.clear()
+        finally:
+            self._is_draining = self._is_closed = True
+            for live in list(self._live.values()):
+                self._end(live, Draining("the worker shut down before the answer was done"))
+
+    def _accept(self, request: GenerationRequest, deadline_s: float | None) -> _Live:
+        if self._is_draining:
+            raise Draining("the worker is draining and accepts no request")
+        if request.request_id in self._live:
+            raise DuplicateRequest(f"request {request.request_id!r} is already being served")
+        check_token_ids(request.token_ids, self._vocab_size, "the prompt")
+        if request.max_total_tokens > self._pool.max_sequence_tokens:
+            raise InvalidRequest(
+                f"a prompt of {len(request.token_ids)} tokens and max_tokens "
+                f"{request.max_tokens} are more than the {self._pool.max_sequence_tokens} tokens "
+                "that this worker can hold for a sequence"
+            )
+        live = _Live(Sequence(request), TokenStream(), _now_s(), deadline_s)
+        self._scheduler.add(live.sequence)
+        self._live[request.request_id] = live
+        self._counters.accepted += 1
+        self._idle.clear()
+        self._wake.set()
+        return live
+
+    def _end_soon(self, live: _Live, why: Exception) -> None:
+        """End at the edge of a step: the running one may be writing the sequence's KV."""
+        live.ending = live.ending or why
+        self._wake.set()
+
+    def _end_cancelled_and_late(self) -> None:
+        now_s = _now_s()
+        for live in list(self._live.values()):
+            if live.ending is not None:
+                self._end(live, live.ending)
+            elif live.deadline_s is not None and live.deadline_s <= now_s:
+                late = DeadlineExceeded(
+                    f"the deadline passed after {now_s - live.started_s:.3f} s with "
+                    f"{live.sequence.num_answer_tokens} of {live.sequence.request.max_tokens} "
+                    "tokens generated"
+                )
+                self._end(live, late)
+
+    def _end(self, live: _Live, outcome: FinishReason | Exception) -> None:
+        sequence, request = live.sequence, live.sequence.request
+        assert sequence.state is not SequenceState.ENDED
+        self._scheduler.end(sequence)
+        del self._live[request.request_id]
+        if not self._live:
+            self._idle.set()
+        live.stream.end(outcome)
+        if isinstance(outcome, FinishReason):
+            self._counters.finished += 1
+        elif isinstance(outcome, RequestCancelled):
+            self._counters.cancelled += 1
+        else:
+            self._counters.failed += 1
+        log.info(
+            "request_ended request_id=%s outcome=%s prompt_tokens=%d completion_tokens=%d "
+            "seconds=%.3f",
+            request.request_id,
+            outcome if isinstance(outcome, FinishReason) else type(outcome).__name__,
+            sequence.num_prompt_tokens,
+            sequence.num_answer_tokens,
+            _now_s() - live.started_s,
+        )
+
+    async def _step(self, slices: list[Slice[KVHandle]]) -> None:
+        try:
+            token_ids = await self._runner.run(slices)
+        except (ServiceError, ModelError) as error:
+            self._fail(slices, error)
+        except Exception:
+            ids = [piece.sequence.request.request_id for piece in slices]
+            log.exception("step_failed request_ids=%s", ids)
+            self._fail(slices, InternalFailure("a step failed; see the worker's log"))
+        else:
+            self._count(slices)
+            for piece, token_id in zip(slices, token_ids, strict=True):
+                self._hand_over(piece, token_id)
+
+    def _hand_over(self, piece: Slice[KVHandle], token_id: int | None) -> None:
+        finish = self._scheduler.computed(piece, token_id)
+        live = self._live[piece.sequence.request.request_id]
+        if token_id is None or live.ending is not None:
+            return
+        live.stream.put(token_id)
+        if finish is not None:
+            self._end(live, finish)
+
+    def _fail(self, slices: list[Slice[KVHandle]], error: Exception) -> None:
+        for piece in slices:
+            live = self._live[piece.sequence.request.request_id]
+            self._end(live, live.ending or error)
+
+    def _count(self, slices: list[Slice[KVHandle]]) -> None:
+        counters = self._counters
+        num_tokens = sum(piece.end - piece.start for piece in slices)
+        counters.steps += 1
+        counters.largest_batch_tokens = max(counters.largest_batch_tokens, num_tokens)
+        counters.prompt_tokens += sum(
+            max(0, min(piece.end, piece.sequence.num_prompt_tokens) - piece.start)
+            for piece in slices
+        )
+        counters.completion_tokens += sum(piece.wants_token for piece in slices)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

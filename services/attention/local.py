@@ -1,0 +1,41 @@
+"""The routed experts in this process: the same engine without router, replicas or gRPC."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+
+import torch
+from torch import Tensor
+
+from model1.kv_pool import KVPool
+from model1.moe import ExpertBank, ExpertCall, local_sum
+from model1.trunk import Trunk
+from services.attention.engine import Engine, EngineConfig
+
+
+class LocalExperts:
+    """An `Experts` over a bank that holds every expert. Computes at once; overlaps nothing."""
+
+    def __init__(self, bank: ExpertBank) -> None:
+        assert len(bank.expert_ids) == bank.config.n_routed_experts
+        self._bank = bank
+
+    async def submit(self, call: ExpertCall) -> Awaitable[Tensor]:
+        answer: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        with torch.inference_mode():
+            answer.set_result(local_sum(self._bank, call))
+        return answer
+
+
+@asynccontextmanager
+async def local_engine(
+    trunk: Trunk, bank: ExpertBank, pool: KVPool, config: EngineConfig
+) -> AsyncIterator[Engine]:
+    """A running engine with all experts in this process; leaving the block closes it."""
+    engine = Engine(trunk, pool, LocalExperts(bank), config)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(engine.run(), name="local engine")
+        try:
+            yield engine
+        finally:
+            engine.close()

@@ -1,0 +1,155 @@
+"""The gRPC edge of an attention worker, and its life from listening to closed.
+
+Knows the wire and the engine's surface; nothing of what a step is.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+import grpc
+
+from model1.kv_pool import KVPool
+from model1.trunk import Trunk
+from protos import attention_pb2, attention_pb2_grpc
+from services import rpc
+from services.attention.engine import Engine, EngineConfig
+from services.attention.runner import Experts
+from services.errors import ending_with_status
+from services.generation import FINISH_REASON_TO_WIRE, request_from_wire
+
+# After the engine has ended every request, its handlers only have a last message to hand over.
+HANDLERS_GRACE_S = 1.0
+
+GenerateContext: TypeAlias = grpc.aio.ServicerContext[
+    attention_pb2.AttentionGenerateRequest, attention_pb2.AttentionGenerateResponse
+]
+
+
+class AttentionService(attention_pb2_grpc.AttentionServicer):
+    """model1.v1.Attention over an engine that someone else runs."""
+
+    def __init__(self, engine: Engine, *, name: str) -> None:
+        self._engine = engine
+        self._name = name
+
+    async def Generate(
+        self, request: attention_pb2.AttentionGenerateRequest, context: GenerateContext
+    ) -> None:
+        async with ending_with_status(context, request.request_id):
+            generation = request_from_wire(request)
+            with self._engine.submit(generation, _deadline_s(context)) as stream:
+                await context.write(
+                    attention_pb2.AttentionGenerateResponse(
+                        accepted=attention_pb2.AttentionAccepted()
+                    )
+                )
+                async for event in stream:
+                    if event.token_ids:
+                        tokens = attention_pb2.AttentionTokens(token_ids=event.token_ids)
+                        await context.write(attention_pb2.AttentionGenerateResponse(tokens=tokens))
+                    if event.finish_reason is not None:
+                        final = attention_pb2.AttentionFinal(
+                            finish_reason=FINISH_REASON_TO_WIRE[event.finish_reason]
+                        )
+                        await context.write(attention_pb2.AttentionGenerateResponse(final=final))
+
+    async def Abort(
+        self,
+        request: attention_pb2.AttentionAbortRequest,
+        context: grpc.aio.ServicerContext[
+            attention_pb2.AttentionAbortRequest, attention_pb2.AttentionAbortResponse
+        ],
+    ) -> attention_pb2.AttentionAbortResponse:
+        async with ending_with_status(context, request.request_id):
+            self._engine.abort(request.request_id)
+        return attention_pb2.AttentionAbortResponse()
+
+    async def Stats(
+        self,
+        request: attention_pb2.AttentionStatsRequest,
+        context: grpc.aio.ServicerContext[
+            attention_pb2.AttentionStatsRequest, attention_pb2.AttentionStatsResponse
+        ],
+    ) -> attention_pb2.AttentionStatsResponse:
+        stats = self._engine.stats()
+        counters = stats.counters
+        crossing, wait = counters.crossing_times()
+        return attention_pb2.AttentionStatsResponse(
+            worker=self._name,
+            draining=stats.draining,
+            waiting_sequences=stats.waiting_sequences,
+            running_sequences=stats.running_sequences,
+            accepted_requests=counters.accepted,
+            finished_requests=counters.finished,
+            cancelled_requests=counters.cancelled,
+            failed_requests=counters.failed,
+            steps=counters.steps,
+            prompt_tokens=counters.prompt_tokens,
+            completion_tokens=counters.completion_tokens,
+            largest_batch_tokens=counters.largest_batch_tokens,
+            layer_crossings=counters.layer_crossings,
+            crossing_seconds_p50=crossing.p50,
+            crossing_seconds_p99=crossing.p99,
+            crossing_wait_seconds_p50=wait.p50,
+            crossing_wait_seconds_p99=wait.p99,
+        )
+
+    async def Drain(
+        self,
+        request: attention_pb2.AttentionDrainRequest,
+        context: grpc.aio.ServicerContext[
+            attention_pb2.AttentionDrainRequest, attention_pb2.AttentionDrainResponse
+        ],
+    ) -> attention_pb2.AttentionDrainResponse:
+        aborted = await self._engine.drain(request.grace_seconds)
+        return attention_pb2.AttentionDrainResponse(aborted_requests=aborted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionWorkerConfig:
+    """Who the worker is and what it may use."""
+
+    name: str
+    address: str = "127.0.0.1:0"
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+class AttentionWorker:
+    """A listening worker: owner of its engine, the engine's task and the server."""
+
+    def __init__(
+        self, engine: Engine, running: "asyncio.Task[None]", server: rpc.RunningServer
+    ) -> None:
+        self.engine = engine
+        self.address = server.address
+        self._running = running
+        self._server = server
+
+    @classmethod
+    async def open(
+        cls, trunk: Trunk, pool: KVPool, experts: Experts, config: AttentionWorkerConfig
+    ) -> "AttentionWorker":
+        """Listen and serve. The worker takes over the pool; the experts stay the caller's."""
+        engine = Engine(trunk, pool, experts, config.engine)
+        servicer = AttentionService(engine, name=config.name)
+        register = partial(attention_pb2_grpc.add_AttentionServicer_to_server, servicer)
+        server = await rpc.start_server(
+            [rpc.Service("model1.v1.Attention", register)], config.address
+        )
+        return cls(engine, asyncio.create_task(engine.run(), name=f"engine {config.name}"), server)
+
+    async def stop(self, grace_s: float) -> None:
+        """Stop admitting, finish until `grace_s`, abort the rest, close."""
+        await self._server.set_serving(False)
+        await self.engine.drain(grace_s)
+        await self._server.stop(HANDLERS_GRACE_S)
+        self.engine.close()
+        await self._running
+
+
+def _deadline_s(context: GenerateContext) -> float | None:
+    """The client's deadline on the loop's clock."""
+    remaining_s: float | None = context.time_remaining()
+    return None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s

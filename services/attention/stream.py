@@ -1,0 +1,59 @@
+"""The one-way pipe from the engine to whoever consumes a request's tokens.
+
+Both ends live on the engine's loop. Bounded by the request's own max_tokens: tokens that wait for a
+slow consumer travel together.
+"""
+
+import asyncio
+from typing import NamedTuple
+
+from services.generation import FinishReason
+
+
+class TokenEvent(NamedTuple):
+    """Tokens since the last event; `finish_reason` is set in the last event of an answer."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+class TokenStream:
+    """Async iterator of `TokenEvent`; ends after the finish, or raises what ended the request."""
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._outcome: FinishReason | Exception | None = None
+        self._is_consumed = False
+        self._wake = asyncio.Event()
+
+    @property
+    def has_ended(self) -> bool:
+        """The engine is done with the request, though events may still wait."""
+        return self._outcome is not None
+
+    def put(self, token_id: int) -> None:
+        assert self._outcome is None
+        self._tokens.append(token_id)
+        self._wake.set()
+
+    def end(self, outcome: FinishReason | Exception) -> None:
+        """Exactly once a stream."""
+        assert self._outcome is None
+        self._outcome = outcome
+        self._wake.set()
+
+    def __aiter__(self) -> "TokenStream":
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if self._is_consumed:
+            raise StopAsyncIteration
+        await self._wake.wait()
+        self._wake.clear()
+        if isinstance(self._outcome, Exception):
+            self._is_consumed = True
+            raise self._outcome
+        tokens = tuple(self._tokens)
+        self._tokens.clear()
+        self._is_consumed = self._outcome is not None
+        return TokenEvent(tokens, self._outcome)

@@ -1,0 +1,144 @@
+"""One client request from admission to its end: the gateway without its gRPC edge.
+
+Owns the table of live requests. Every request that enters `generate` leaves it exactly once: with
+a Final frame, or with the error that ended it. Runs on one asyncio loop.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from services.errors import (
+    DeadlineExceeded,
+    Draining,
+    DuplicateRequest,
+    InternalFailure,
+    QueueFull,
+    RequestCancelled,
+    ServiceError,
+    UnknownRequest,
+)
+from services.gateway.admission import Admission, AskedRequest
+from services.gateway.answer import Accepted, Answer, Frame
+from services.gateway.workers import Worker, WorkerAccepted, WorkerPool
+from services.generation import FinishReason, GenerationRequest
+
+# Awaited before the next frame is made, so a slow client slows its own request only.
+Emit: TypeAlias = Callable[[Frame], Awaitable[None]]
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """`scope` is the request's time; cutting it short with `ending` set ends the request."""
+
+    scope: asyncio.Timeout
+    ending: ServiceError | None = None
+
+
+class Gateway:
+    """Admits, places and relays; stops admitting when draining."""
+
+    def __init__(
+        self, admission: Admission, workers: WorkerPool, *, max_active_requests: int
+    ) -> None:
+        self.admission = admission
+        self.workers = workers
+        self.max_active_requests = max_active_requests
+        self.num_served = 0
+        self._live: dict[str, _Live] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._is_draining = False
+
+    @property
+    def num_active(self) -> int:
+        return len(self._live)
+
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
+    async def generate(self, asked: AskedRequest, timeout_s: float | None, emit: Emit) -> None:
+        """Emit Accepted, Deltas and Final; raises a ServiceError or InvalidRequest instead.
+
+        Cancelling the caller's task cancels the request at its worker.
+        """
+        if self._is_draining:
+            raise Draining("the gateway is draining and accepts no request")
+        if len(self._live) >= self.max_active_requests:
+            raise QueueFull(
+                f"{len(self._live)} requests are active, the gateway takes "
+                f"{self.max_active_requests} at once"
+            )
+        request = self.admission.admit(asked)
+        with self._registered(request, timeout_s) as live:
+            try:
+                async with live.scope, self.workers.claim() as worker:
+                    await self._relay(request, worker, timeout_s, emit)
+            except TimeoutError:
+                raise live.ending or DeadlineExceeded(
+                    f"the deadline of {timeout_s} s passed"
+                ) from None
+
+    def abort(self, request_id: str) -> None:
+        """End a live request with RequestCancelled; raises UnknownRequest."""
+        live = self._live.get(request_id)
+        if live is None:
+            raise UnknownRequest(f"no live request has the id {request_id!r}")
+        _cut_short(live, RequestCancelled(f"request {request_id!r} was aborted"))
+
+    async def drain(self, grace_s: float) -> int:
+        """Admit nothing more, wait until idle, abort what is left after `grace_s`.
+
+        Returns how many were aborted.
+        """
+        self._is_draining = True
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        except TimeoutError:
+            left = list(self._live.values())
+            for live in left:
+                _cut_short(live, Draining("the gateway shut down before the answer was done"))
+            await self._idle.wait()
+            return len(left)
+        return 0
+
+    async def _relay(
+        self, request: GenerationRequest, worker: Worker, timeout_s: float | None, emit: Emit
+    ) -> None:
+        answer = Answer(request, self.admission.tokenizer)
+        async with aclosing(worker.generate(request, timeout_s)) as events:
+            async for event in events:
+                match event:
+                    case WorkerAccepted():
+                        await emit(Accepted(request.request_id, worker.row.name))
+                    case FinishReason():
+                        if rest := answer.rest():
+                            await emit(rest)
+                        await emit(answer.final(event))
+                        self.num_served += 1
+                        return
+                    case token_ids:
+                        await emit(answer.delta(token_ids))
+        raise InternalFailure(f"attention worker {worker.row.name} ended without a finish reason")
+
+    @contextmanager
+    def _registered(self, request: GenerationRequest, timeout_s: float | None) -> Iterator[_Live]:
+        if request.request_id in self._live:
+            raise DuplicateRequest(f"request {request.request_id!r} is already being served")
+        live = self._live[request.request_id] = _Live(asyncio.timeout(timeout_s))
+        self._idle.clear()
+        try:
+            yield live
+        finally:
+            del self._live[request.request_id]
+            if not self._live:
+                self._idle.set()
+
+
+def _cut_short(live: _Live, why: ServiceError) -> None:
+    live.ending = live.ending or why
+    live.scope.reschedule(asyncio.get_running_loop().time())

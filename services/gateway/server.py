@@ -1,0 +1,180 @@
+"""The gRPC edge of a gateway (Inference and Control), and its life from listening to closed."""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import grpc
+
+from model1.checkpoint import load_config
+from model1.config import ModelConfig
+from model1.tokenizer import Tokenizer
+from protos import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from services import rpc
+from services.errors import ending_with_status
+from services.gateway import wire
+from services.gateway.admission import Admission, ModelLimits
+from services.gateway.answer import Frame
+from services.gateway.gateway import Gateway
+from services.gateway.topology import TopologySource
+from services.gateway.workers import WorkerPool
+
+# After the gateway has ended every request, its handlers only have a last message to hand over.
+HANDLERS_GRACE_S = 1.0
+
+StreamContext: TypeAlias = grpc.aio.ServicerContext[
+    inference_pb2.GenerateRequest, inference_pb2.GenerateStreamResponse
+]
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """What a gateway serves, where, and how much at once."""
+
+    model_dir: Path
+    version: str
+    address: str = "127.0.0.1:50051"
+    max_context_length: int | None = None  # None: what the model was made for
+    default_max_tokens: int = 256
+    max_active_requests: int = 256
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """model1.v1.Inference."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> inference_pb2.GenerateResponse:
+        response = inference_pb2.GenerateResponse()
+
+        async def emit(frame: Frame) -> None:
+            wire.add_to_response(response, frame)
+
+        async with ending_with_status(context, request.request_id):
+            asked = wire.request_from_wire(request)
+            await self._gateway.generate(asked, context.time_remaining(), emit)
+        return response
+
+    async def GenerateStream(
+        self, request: inference_pb2.GenerateRequest, context: StreamContext
+    ) -> None:
+        async def emit(frame: Frame) -> None:
+            await context.write(wire.frame_to_wire(frame))
+
+        async with ending_with_status(context, request.request_id):
+            asked = wire.request_from_wire(request)
+            await self._gateway.generate(asked, context.time_remaining(), emit)
+
+
+class ControlService(control_pb2_grpc.ControlServicer):
+    """model1.v1.Control."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        model: ModelConfig,
+        config: GatewayConfig,
+        topology: TopologySource,
+    ) -> None:
+        self._gateway = gateway
+        self._model = model
+        self._config = config
+        self._topology = topology
+        self._start_s = time.monotonic()
+
+    async def GetServerInfo(
+        self, request: control_pb2.GetServerInfoRequest, context: Context
+    ) -> control_pb2.GetServerInfoResponse:
+        return control_pb2.GetServerInfoResponse(
+            version=self._config.version,
+            uptime_seconds=time.monotonic() - self._start_s,
+            active_requests=self._gateway.num_active,
+            max_active_requests=self._gateway.max_active_requests,
+            draining=self._gateway.is_draining,
+        )
+
+    async def GetModelInfo(
+        self, request: control_pb2.GetModelInfoRequest, context: Context
+    ) -> control_pb2.GetModelInfoResponse:
+        limits = self._gateway.admission.limits
+        return control_pb2.GetModelInfoResponse(
+            model_path=str(self._config.model_dir),
+            vocab_size=limits.vocab_size,
+            max_context_length=limits.max_context_length,
+            default_max_tokens=limits.default_max_tokens,
+            bos_token_id=self._model.bos_token_id,
+            eos_token_ids=limits.eos_token_ids,
+            num_hidden_layers=self._model.num_hidden_layers,
+            n_routed_experts=self._model.n_routed_experts,
+        )
+
+    async def GetTopology(
+        self, request: control_pb2.GetTopologyRequest, context: Context
+    ) -> control_pb2.GetTopologyResponse:
+        async with ending_with_status(context):
+            topology = await self._topology()
+        return wire.topology_to_wire(topology)
+
+    async def Abort(
+        self, request: control_pb2.AbortRequest, context: Context
+    ) -> control_pb2.AbortResponse:
+        async with ending_with_status(context, request.request_id):
+            self._gateway.abort(request.request_id)
+        return control_pb2.AbortResponse()
+
+
+class GatewayServer:
+    """A listening gateway: owner of its live requests, its worker channels and the server."""
+
+    def __init__(self, gateway: Gateway, server: rpc.RunningServer) -> None:
+        self.gateway = gateway
+        self.address = server.address
+        self._server = server
+
+    @classmethod
+    async def open(cls, config: GatewayConfig, topology: TopologySource) -> "GatewayServer":
+        """Listen and serve; give it workers with `gateway.workers.update`."""
+        model = load_config(config.model_dir)
+        admission = Admission(Tokenizer.from_dir(config.model_dir), model_limits(model, config))
+        gateway = Gateway(admission, WorkerPool(), max_active_requests=config.max_active_requests)
+        inference = InferenceService(gateway)
+        control = ControlService(gateway, model, config, topology)
+        server = await rpc.start_server(
+            [
+                rpc.Service(
+                    "model1.v1.Inference",
+                    partial(inference_pb2_grpc.add_InferenceServicer_to_server, inference),
+                ),
+                rpc.Service(
+                    "model1.v1.Control",
+                    partial(control_pb2_grpc.add_ControlServicer_to_server, control),
+                ),
+            ],
+            config.address,
+        )
+        return cls(gateway, server)
+
+    async def stop(self, grace_s: float) -> None:
+        """Stop admitting, finish until `grace_s`, abort the rest, close."""
+        await self._server.set_serving(False)
+        await self.gateway.drain(grace_s)
+        await self._server.stop(HANDLERS_GRACE_S)
+        await self.gateway.workers.close()
+
+
+def model_limits(model: ModelConfig, config: GatewayConfig) -> ModelLimits:
+    return ModelLimits(
+        vocab_size=model.vocab_size,
+        max_context_length=min(
+            model.max_position_embeddings,
+            config.max_context_length or model.max_position_embeddings,
+        ),
+        default_max_tokens=config.default_max_tokens,
+        eos_token_ids=model.eos_token_ids,
+    )

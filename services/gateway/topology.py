@@ -1,0 +1,30 @@
+"""What a gateway tells about the deployment. Made by whoever runs it; plain values."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One process of the deployment; the fields are those of model1.v1.Member."""
+
+    name: str
+    role: str
+    address: str
+    pid: int
+    node_id: str
+    state: str
+    requests: int
+    expert_group: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """All members at one epoch of the routing table."""
+
+    epoch: int
+    members: tuple[Member, ...]
+
+
+TopologySource: TypeAlias = Callable[[], Awaitable[Topology]]
