@@ -33,9 +33,9 @@ async def local_engine(
 ) -> AsyncIterator[Engine]:
     """A running engine with all experts in this process; leaving the block closes it."""
     engine = Engine(trunk, pool, LocalExperts(bank), config)
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(engine.run(), name="local engine")
-        try:
-            yield engine
-        finally:
-            engine.close()
+    running = asyncio.create_task(engine.run(), name="local engine")
+    try:
+        yield engine
+    finally:
+        engine.close()
+        await running
