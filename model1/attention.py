@@ -18,7 +18,7 @@ from model1.indexer import IndexQueries
 from model1.kv_pool import LayerKV
 from model1.modules import AttentionWeights
 from model1.numerics import bmm, linear, rms_norm
-from model1.rope import Rope, Rotation, rotate
+from model1.rope import Rope, Rotation, rotate_
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,8 @@ def attention(
     by = turns.main if kind is AttentionKind.SWA else turns.compress
     q_latent = rms_norm(linear(x, weights.wq_a.weight), weights.q_norm.weight, eps)
     q = linear(q_latent, weights.wq_b.weight).unflatten(-1, (-1, config.head_dim))  # [T, H, d]
-    q = rotate(rms_norm(q, None, eps), by)
-    row = rotate(rms_norm(linear(x, weights.wkv.weight), weights.kv_norm.weight, eps), by)
+    q = rotate_(rms_norm(q, None, eps), by)
+    row = rotate_(rms_norm(linear(x, weights.wkv.weight), weights.kv_norm.weight, eps), by)
     kv.window.flatten(0, 1).index_copy_(0, batch.window_rows, row)
 
     index: IndexQueries | None = None
@@ -92,7 +92,7 @@ def attention(
         queries = q[tile.start : tile.end].unflatten(0, (tile.num_sequences, -1))
         out[tile.start : tile.end] = _attend(queries, tiles, weights.attn_sink).flatten(0, 1)
 
-    o = rotate(out, by.inverse()).to(x.dtype)  # V carries the rotation too: turn back (trap T8)
+    o = rotate_(out, by.inverse()).to(x.dtype)  # V carries the rotation too: turn back (trap T8)
     o = o.flatten(1).unflatten(-1, (config.o_groups, -1)).transpose(0, 1)  # [G, T, H/G*d]
     wo_a = weights.wo_a.weight.unflatten(0, (config.o_groups, -1))  # [G, o_rank, H/G*d]
     z = bmm(o, wo_a.mT).transpose(0, 1).flatten(1)  # [T, G*o_rank]
@@ -102,26 +102,27 @@ def attention(
 def _attend(q: Tensor, tiles: list[_KeyTile], sink: Tensor) -> Tensor:
     """Softmax over all tiles' keys plus the sink: `q [G, R, H, d]` -> float32, same shape.
 
-    Scores, weights and sums are float32. Tiles are added one after the other; one that a query
-    sees nothing of adds exact zeros.
+    Scores, their sum and the output are float32; weights meet the values in the pool's dtype, as
+    in the reference. Tiles are added one after the other; one that a query sees nothing of adds
+    exact zeros.
     """
     g, r, heads, d = q.shape
-    q = q.float() * d**-0.5
-    tiles32 = [(tile.keys.float(), tile.bias.unsqueeze(2)) for tile in tiles]
-    scores = [
-        bmm(q.reshape(len(keys), -1, d), keys.mT).view(g, r, heads, -1) + bias
-        for keys, bias in tiles32
-    ]
+    q = q.float()
+    scores = []
+    for tile in tiles:
+        dots = bmm(q.reshape(len(tile.keys), -1, d), tile.keys.float().mT)
+        scores.append(dots.view(g, r, heads, -1).mul_(d**-0.5).add_(tile.bias.unsqueeze(2)))
     peak = scores[0].amax(dim=-1, keepdim=True)  # a query always sees itself: finite
     for s in scores[1:]:
         peak = torch.maximum(peak, s.amax(dim=-1, keepdim=True))
     total = torch.exp(sink.unsqueeze(-1) - peak)  # [G, R, H, 1]
     out = torch.zeros_like(q)
-    for (keys, _), s in zip(tiles32, scores, strict=True):
-        p = torch.exp(s - peak)
-        total = total + p.sum(dim=-1, keepdim=True)
-        out = out + bmm(p.view(len(keys), -1, keys.shape[1]), keys).view(q.shape)
-    return out / total
+    for tile, s in zip(tiles, scores, strict=True):
+        p = s.sub_(peak).exp_()
+        total += p.sum(dim=-1, keepdim=True)
+        keys = tile.keys
+        out += bmm(p.view(len(keys), -1, keys.shape[1]).to(keys.dtype), keys).view(q.shape)
+    return out.div_(total)
 
 
 def _window_tile(tile: Tile, kv: LayerKV) -> _KeyTile:

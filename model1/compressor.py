@@ -10,7 +10,7 @@ from torch import Tensor
 from model1.batch import Compression
 from model1.modules import CompressorWeights
 from model1.numerics import linear, rms_norm
-from model1.rope import Rotation, rotate
+from model1.rope import Rotation, rotate_
 
 
 def compress(
@@ -37,7 +37,7 @@ def compress(
         gathered = torch.cat([state[plan.old_rows], rows, empty])[plan.sources]
         c, z = _series(gathered, d=entries.shape[-1])  # [C, slots, d] each
         pooled = (z.softmax(dim=1) * c).sum(dim=1).to(entries.dtype)
-        entry = rotate(rms_norm(pooled, weights.norm.weight, eps), entry_rotations)
+        entry = rotate_(rms_norm(pooled, weights.norm.weight, eps), entry_rotations)
         entries.flatten(0, 1).index_copy_(0, plan.entry_rows, entry)
     state.index_copy_(0, plan.saved_rows, rows[plan.saved_tokens])
 

@@ -41,8 +41,8 @@ def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     c = logits.softmax(dim=-1) + eps
     c = c / (c.sum(dim=-2, keepdim=True) + eps)
     for _ in range(iters - 1):
-        c = c / (c.sum(dim=-1, keepdim=True) + eps)
-        c = c / (c.sum(dim=-2, keepdim=True) + eps)
+        c /= c.sum(dim=-1, keepdim=True).add_(eps)
+        c /= c.sum(dim=-2, keepdim=True).add_(eps)
     return c
 
 
@@ -54,8 +54,8 @@ def read(streams: Tensor, pre: Tensor) -> Tensor:
 def write(streams: Tensor, output: Tensor, coefficients: Mix) -> Tensor:
     """New streams: `post[k] * output + sum_j comb[j, k] * streams[j]` (transposed: trap T3)."""
     kept = torch.bmm(coefficients.comb.transpose(1, 2), streams.float())  # [T, n, D]
-    added = coefficients.post.unsqueeze(-1) * output.float().unsqueeze(1)
-    return (kept + added).to(streams.dtype)
+    kept += coefficients.post.unsqueeze(-1) * output.float().unsqueeze(1)
+    return kept.to(streams.dtype)
 
 
 def collapse(

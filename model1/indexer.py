@@ -12,7 +12,7 @@ from model1.batch import Tile
 from model1.config import ModelConfig
 from model1.modules import IndexerWeights
 from model1.numerics import bmm, linear
-from model1.rope import Rotation, rotate
+from model1.rope import Rotation, rotate_
 
 _ENTRIES_AT_ONCE = 4096  # bounds the per-head scores, not part of the result
 
@@ -30,7 +30,7 @@ class IndexQueries:
     ) -> None:
         heads, dim = config.index_n_heads, config.index_head_dim
         q = linear(q_latent, weights.wq_b.weight).unflatten(-1, (heads, dim))
-        self._q = rotate(q, by).float()
+        self._q = rotate_(q, by).float()
         self._head_weights = linear(x, weights.weights_proj.weight).float()
         self._head_weights = self._head_weights * (dim * heads) ** -0.5
 

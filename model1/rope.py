@@ -44,18 +44,18 @@ class Rotation(NamedTuple):
         return Rotation(self.cos, -self.sin)
 
 
-def rotate(x: Tensor, by: Rotation) -> Tensor:
-    """Turn the trailing `r` dimensions of `x [T, ..., d]`; same shape and dtype.
+def rotate_(x: Tensor, by: Rotation) -> Tensor:
+    """Turn the trailing `r` dimensions of `x [T, ..., d]` in place; returns `x`.
 
-    Pairs are (2i, 2i+1). NOTE: not written with complex numbers, whose product torch rounds
-    differently in the vector tail (see `model1.numerics`).
+    Pairs are (2i, 2i+1); float32 inside. NOTE: not written with complex numbers, whose product
+    torch rounds differently in the vector tail (see `model1.numerics`).
     """
     r = by.cos.shape[-1]
     shape = (-1, *[1] * (x.dim() - 2), r)
     pairs = x[..., -r:].float()
     swapped = pairs.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    turned = pairs * by.cos.view(shape) + swapped * by.sin.view(shape)
-    return torch.cat([x[..., :-r], turned.to(x.dtype)], dim=-1)
+    x[..., -r:] = pairs * by.cos.view(shape) + swapped.mul_(by.sin.view(shape))
+    return x
 
 
 def _inverse_frequencies(theta: float, dim: int, yarn: YarnConfig | None) -> Tensor:
