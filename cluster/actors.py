@@ -1,0 +1,190 @@
+"""Thin Ray wrappers: a process for each role, one for the supervisor, and the handles to them.
+
+Every Ray call of a running deployment is here or in ray_session.py. Decides nothing: what to run is
+topology.py's, when is supervisor.py's, what a role does is roles.py's. No token passes here.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.config import Settings
+from cluster.ray_session import Node
+from cluster.roles import Place, Serve, Serving, load_role
+from cluster.supervisor import ActorDied, DeploymentError, Peers, Process, Snapshot, Supervisor
+from cluster.topology import ActorSpec, Topology
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+
+class SupervisorHandle:
+    """The supervisor's process, as the command line and the gateways see it."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    @classmethod
+    def create(
+        cls, topology: Topology, settings: Settings, nodes: Sequence[Node]
+    ) -> "SupervisorHandle":
+        """Start the process; `topology` was planned for `nodes`."""
+        remote: Any = ray.remote(num_cpus=0, max_restarts=0)(SupervisorProcess)
+        return cls(
+            remote.options(scheduling_strategy=_on_node(nodes[0])).remote(topology, settings, nodes)
+        )
+
+    async def start(self) -> str:
+        return await _answer("supervisor", self._handle.start.remote())
+
+    async def snapshot(self) -> Snapshot:
+        return await _answer("supervisor", self._handle.snapshot.remote())
+
+    async def watch(self) -> str:
+        return await _answer("supervisor", self._handle.watch.remote())
+
+    async def stop(self) -> None:
+        await _answer("supervisor", self._handle.stop.remote())
+
+
+class SupervisorProcess:
+    """Runs in a process of its own and creates all the others, so they end with it."""
+
+    def __init__(self, topology: Topology, settings: Settings, nodes: Sequence[Node]) -> None:
+        _log_to_stderr()
+        own_handle = SupervisorHandle(ray.get_runtime_context().current_actor)
+        self._settings = settings.cluster
+        self._supervisor = Supervisor(
+            topology,
+            lambda spec: RemoteActor(spec, settings, nodes[spec.node], own_handle),
+            _own_process(),
+        )
+
+    async def start(self) -> str:
+        return await self._supervisor.start(self._settings.start_timeout_seconds)
+
+    async def snapshot(self) -> Snapshot:
+        return await self._supervisor.snapshot()
+
+    async def watch(self) -> str:
+        return await self._supervisor.watch(self._settings.health_interval_seconds)
+
+    async def stop(self) -> None:
+        await self._supervisor.stop(self._settings.drain_seconds)
+
+
+class RemoteActor:
+    """A role's process as the supervisor sees it: the `Actor` protocol over a Ray handle."""
+
+    def __init__(
+        self, spec: ActorSpec, settings: Settings, node: Node, supervisor: SupervisorHandle
+    ) -> None:
+        self._name = spec.name
+        remote: Any = ray.remote(num_cpus=spec.num_cpus, max_restarts=0)(RoleProcess)
+        self._handle: Any = remote.options(scheduling_strategy=_on_node(node)).remote(
+            spec, settings, node.place, supervisor
+        )
+
+    async def load(self) -> Process:
+        return await _answer(self._name, self._handle.load.remote())
+
+    async def serve(self, peers: Peers) -> str:
+        return await _answer(self._name, self._handle.serve.remote(peers))
+
+    async def num_requests(self) -> int:
+        return await _answer(self._name, self._handle.num_requests.remote())
+
+    async def stop(self, grace_seconds: float) -> None:
+        await _answer(self._name, self._handle.stop.remote(grace_seconds))
+
+    def kill(self) -> None:
+        ray.kill(self._handle)
+
+
+class RoleProcess:
+    """Runs in a process of its own and holds one role there, loaded and then serving."""
+
+    def __init__(
+        self, spec: ActorSpec, settings: Settings, place: Place, supervisor: SupervisorHandle
+    ) -> None:
+        _log_to_stderr()
+        self._spec = spec
+        self._settings = settings
+        self._place = place
+        self._supervisor = supervisor
+        self._serve: Serve | None = None
+        self._serving: Serving | None = None
+
+    async def load(self) -> Process:
+        with _one_line_failures(self._spec.name):
+            self._serve = load_role(
+                self._spec, self._settings, place=self._place, snapshot=self._supervisor.snapshot
+            )
+        return _own_process()
+
+    async def serve(self, peers: Peers) -> str:
+        assert self._serve is not None, "load comes first"
+        with _one_line_failures(self._spec.name):
+            self._serving = await self._serve(peers)
+        return self._serving.address
+
+    async def num_requests(self) -> int:
+        return self._serving.num_requests() if self._serving else 0
+
+    async def stop(self, grace_seconds: float) -> None:
+        if self._serving:
+            await self._serving.stop(grace_seconds)
+
+
+def _on_node(node: Node) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+
+
+def _own_process() -> Process:
+    return Process(os.getpid(), ray.get_runtime_context().get_node_id())
+
+
+async def _answer(name: str, reply: Awaitable[Answer]) -> Answer:
+    """The reply of a call to an actor, or one of our errors in one line instead of Ray's page."""
+    try:
+        return await reply
+    except RayActorError as error:
+        raise ActorDied(f"{name} died: {_why(error)}") from None
+    except RayTaskError as error:
+        if isinstance(error.cause, DeploymentError):
+            raise error.cause from None
+        raise DeploymentError(f"{name}: {error.cause!r}") from None
+
+
+@contextmanager
+def _one_line_failures(name: str) -> Iterator[None]:
+    """Any failure of a role becomes one that other processes can unpickle; the log has the page."""
+    try:
+        yield
+    except Exception as error:
+        log.exception("role_failed name=%s", name)
+        raise DeploymentError(f"{name}: {type(error).__name__}: {error}") from None
+
+
+def _why(error: RayActorError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Ray's report is a page; the line on how the process ended is the one that helps.
+    return next(
+        (line for line in lines if "exit" in line), lines[0] if lines else "no reason given"
+    )
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )

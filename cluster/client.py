@@ -1,0 +1,143 @@
+"""The command line's own client of a running deployment: one channel to a gateway.
+
+Turns frames into plain values and gRPC failures into errors with an exit code. Knows nothing of how
+the deployment runs.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from protos import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from services import rpc
+
+CONNECT_TIMEOUT_SECONDS = 3.0
+
+
+class Unreachable(Exception):
+    """Nobody answers at the endpoint."""
+
+
+class RequestRefused(Exception):
+    """The deployment says that the request itself is wrong."""
+
+
+class RequestFailed(Exception):
+    """The deployment accepted the request and could not complete it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One generate request as the user gave it. None: whatever the deployment does by default."""
+
+    prompt: str | tuple[int, ...]
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens as they arrive; the text lags behind while a character is incomplete."""
+
+    token_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Client:
+    def __init__(self, channel: grpc.aio.Channel, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._inference = inference_pb2_grpc.InferenceStub(channel)
+        self._control = control_pb2_grpc.ControlStub(channel)
+
+    async def ask(self, question: Question) -> AsyncIterator[Piece | End]:
+        """Pieces, then one End. Leaving the iteration cancels the request."""
+        with _named_failures(self.endpoint):
+            async for response in self._inference.GenerateStream(_to_wire(question)):
+                match response.WhichOneof("frame"):
+                    case "delta":
+                        yield Piece(tuple(response.delta.token_ids), response.delta.text)
+                    case "final":
+                        final = response.final
+                        yield End(
+                            inference_pb2.FinishReason.Name(final.finish_reason)
+                            .removeprefix("FINISH_REASON_")
+                            .lower(),
+                            final.usage.prompt_tokens,
+                            final.usage.completion_tokens,
+                        )
+
+    async def topology(self) -> control_pb2.GetTopologyResponse:
+        with _named_failures(self.endpoint):
+            answer: control_pb2.GetTopologyResponse = await self._control.GetTopology(
+                control_pb2.GetTopologyRequest()
+            )
+            return answer
+
+    async def server_info(self) -> control_pb2.GetServerInfoResponse:
+        with _named_failures(self.endpoint):
+            answer: control_pb2.GetServerInfoResponse = await self._control.GetServerInfo(
+                control_pb2.GetServerInfoRequest()
+            )
+            return answer
+
+    async def model_info(self) -> control_pb2.GetModelInfoResponse:
+        with _named_failures(self.endpoint):
+            answer: control_pb2.GetModelInfoResponse = await self._control.GetModelInfo(
+                control_pb2.GetModelInfoRequest()
+            )
+            return answer
+
+
+@asynccontextmanager
+async def connected(endpoint: str) -> AsyncIterator[Client]:
+    """Raises `Unreachable` if no server answers within a few seconds."""
+    async with rpc.channel(endpoint) as channel:
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+                await channel.channel_ready()
+        except TimeoutError:
+            raise Unreachable(
+                f"no gateway answers at {endpoint}; start one with `model1 serve`, or name "
+                "another with --endpoint HOST:PORT"
+            ) from None
+        yield Client(channel, endpoint)
+
+
+def _to_wire(question: Question) -> inference_pb2.GenerateRequest:
+    request = inference_pb2.GenerateRequest(
+        sampling=inference_pb2.SamplingParams(
+            temperature=question.temperature, top_p=question.top_p, seed=question.seed
+        ),
+        stopping=inference_pb2.StoppingParams(max_tokens=question.max_tokens),
+    )
+    if isinstance(question.prompt, str):
+        request.text = question.prompt
+    else:
+        request.token_ids.ids.extend(question.prompt)
+    return request
+
+
+@contextmanager
+def _named_failures(endpoint: str) -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        words = error.details() or error.code().name
+        if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+            raise RequestRefused(words) from None
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            raise Unreachable(f"{endpoint}: {words}") from None
+        raise RequestFailed(f"{error.code().name}: {words}") from None

@@ -1,0 +1,194 @@
+"""What a user may set, read once at the command line and validated.
+
+Three sources, the later wins: one YAML file, environment variables MODEL1_SECTION__KEY, flags.
+This is the only module that reads the process's environment. Each component is handed its own
+section, never the whole. Knows nothing of Ray, models or sockets.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+ENVIRONMENT_PREFIX = "MODEL1_"
+ENVIRONMENT_SEPARATOR = "__"
+
+
+class SettingsError(Exception):
+    """A setting is unknown or out of range; the message names its source, key and value."""
+
+
+class _Section(BaseModel):
+    # Without protected_namespaces pydantic warns of every name that starts with `model`.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSettings(_Section):
+    path: Path | None = Field(None, description="checkpoint directory; none: the shipped model")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+class TopologySettings(_Section):
+    attention_workers: int = Field(1, ge=1, le=1024)
+    expert_groups: int = Field(2, ge=1, le=1024)
+    expert_replicas: int = Field(1, ge=1, le=1024)
+
+
+class GatewaySettings(_Section):
+    host: str = "127.0.0.1"
+    port: int = Field(50051, ge=0, le=65535, description="0: any free port")
+
+    default_max_tokens: int = Field(256, ge=1, description="of a request that names no maximum")
+    max_active_requests: int = Field(256, ge=1)
+
+    @property
+    def endpoint(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+class AttentionSettings(_Section):
+    """Of each attention worker."""
+
+    max_batch_tokens: int = Field(512, ge=1, description="in one forward step")
+    max_sequences: int = Field(64, ge=1, description="in the batch at once")
+    max_waiting_requests: int = Field(256, ge=1)
+    kv_tokens: int = Field(65536, ge=1, description="of all sequences in the batch together")
+    crossing_timeout_seconds: float = Field(60.0, gt=0, description="routed experts of one layer")
+
+    @model_validator(mode="after")
+    def _each_sequence_fits_a_step(self) -> Self:
+        if self.max_sequences > self.max_batch_tokens:
+            raise ValueError(
+                f"max_sequences {self.max_sequences} is more than max_batch_tokens "
+                f"{self.max_batch_tokens}: each sequence decodes one token a step"
+            )
+        return self
+
+
+class ClusterSettings(_Section):
+    """How the roles are run on Ray."""
+
+    ray_address: str | None = Field(None, description="none: a Ray of our own on this machine")
+    temp_dir: Path | None = Field(None, description="of our own Ray; kept when it is given")
+    start_timeout_seconds: float = Field(180.0, gt=0)
+    drain_seconds: float = Field(30.0, ge=0)
+    health_interval_seconds: float = Field(2.0, gt=0)
+
+
+class Settings(_Section):
+    model: ModelSettings = ModelSettings()
+    topology: TopologySettings = TopologySettings()
+    gateway: GatewaySettings = GatewaySettings()
+    attention: AttentionSettings = AttentionSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+
+def load_settings(
+    file: Path | None = None,
+    *,
+    flags: Mapping[str, object] | None = None,
+    defaults: Mapping[str, object] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Settings:
+    """Merge the sources and validate the result. `flags` maps `section.key` to a value, `defaults`
+    is what one verb prefers to the usual.
+
+    Raises `SettingsError` for the first thing that is wrong.
+    """
+    tree: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for key, value in (defaults or {}).items():
+        _put(tree, key, value)
+    for key, (value, source) in _from_file(file).items():
+        _put(tree, key, value)
+        sources[key] = source
+    for key, (value, source) in _from_environment(
+        os.environ if environment is None else environment
+    ).items():
+        _put(tree, key, value)
+        sources[key] = source
+    for key, value in (flags or {}).items():
+        _put(tree, key, value)
+        sources[key] = "--" + key.rpartition(".")[2].replace("_", "-")
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, sources)) from None
+
+
+def known_keys() -> dict[str, str]:
+    """Every `section.key`, with its environment variable."""
+    keys = {}
+    for section, field in Settings.model_fields.items():
+        section_type = field.annotation
+        assert isinstance(section_type, type) and issubclass(section_type, BaseModel)
+        for key in section_type.model_fields:
+            name = f"{section}{ENVIRONMENT_SEPARATOR}{key}".upper()
+            keys[f"{section}.{key}"] = ENVIRONMENT_PREFIX + name
+    return keys
+
+
+def _from_file(file: Path | None) -> dict[str, tuple[object, str]]:
+    if file is None:
+        return {}
+    try:
+        raw = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise SettingsError(f"cannot read the config file {file}: {reason}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{file}: expected sections such as 'topology:', got {raw!r}")
+    values: dict[str, tuple[object, str]] = {}
+    for section, keys in raw.items():
+        if not isinstance(keys, dict):
+            values[str(section)] = (keys, str(file))
+            continue
+        for key, value in keys.items():
+            values[f"{section}.{key}"] = (value, str(file))
+    return values
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[object, str]]:
+    values: dict[str, tuple[object, str]] = {}
+    for name in sorted(environment):
+        if not name.startswith(ENVIRONMENT_PREFIX) or ENVIRONMENT_SEPARATOR not in name:
+            continue
+        key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace(ENVIRONMENT_SEPARATOR, ".", 1)
+        # An empty variable is how a shell or a chart says "not set".
+        values[key] = (environment[name] or None, name)
+    return {key: value for key, value in values.items() if value[0] is not None}
+
+
+def _put(tree: dict[str, Any], key: str, value: object) -> None:
+    section, dot, name = key.partition(".")
+    if not dot:
+        tree[section] = value
+        return
+    keys = tree.setdefault(section, {})
+    if isinstance(keys, dict):
+        keys[name] = value
+
+
+def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    source = next((text for name, text in sources.items() if name.startswith(key)), "settings")
+    if first["type"] == "extra_forbidden":
+        candidates = [*known_keys(), *Settings.model_fields]
+        nearest = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)
+        return f"{source}: unknown key '{key}'; the nearest valid one is '{nearest[0]}'"
+    if first["type"] == "model_type":
+        return f"{source}: '{key}' is a section of keys, got {first['input']!r}"
+    if first["type"] == "value_error":  # of a section as a whole: the message has the numbers
+        return f"{source}: {key}: {first['msg'].removeprefix('Value error, ')}"
+    reason = first["msg"][0].lower() + first["msg"][1:]
+    return f"{source}: {key} = {first['input']!r} is not valid: {reason}"

@@ -1,0 +1,155 @@
+"""Owns the connection to Ray: a Ray of our own on this machine, or one that runs already.
+
+The only module that starts or stops Ray. Says which nodes there are, not what runs on them.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import ClusterSettings
+from cluster.roles import Place
+
+# Ray puts Unix sockets about 70 characters below its folder, and the kernel's limit is 107.
+MAX_TEMP_DIR_LENGTH = 36
+# Nothing of ours travels through the object store, so the least that Ray accepts.
+OBJECT_STORE_BYTES = 80 * 1024 * 1024
+
+
+class RayUnavailable(Exception):
+    """Ray did not start, or the cluster of the given address cannot be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine of the Ray cluster."""
+
+    node_id: str
+    place: Place
+
+
+@contextmanager
+def ray_session(settings: ClusterSettings, *, num_actors: int) -> Iterator[tuple[Node, ...]]:
+    """Connected to Ray inside, with the living nodes, this process's own first.
+
+    A Ray of our own is gone with all of its processes afterwards.
+    """
+    if settings.ray_address is None:
+        with _temp_dir(settings.temp_dir) as folder, _own_ray(folder, num_actors):
+            # Ray knows this machine by its outward address; a Ray of our own stays inside.
+            yield (Node(_own_node_id(), Place("127.0.0.1", folder)),)
+    else:
+        with _existing_ray(settings.ray_address):
+            yield _living_nodes()
+
+
+@contextmanager
+def _own_ray(folder: Path, num_actors: int) -> Iterator[None]:
+    _prepare_environment()
+    import ray
+
+    try:
+        ray.init(
+            "local",
+            # One core an actor: Ray starts that many workers ahead, and an idle role costs none.
+            num_cpus=num_actors,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(folder),
+        )
+    except Exception as error:
+        ray.shutdown()
+        raise RayUnavailable(f"Ray did not start: {_first_line(error)}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _existing_ray(address: str) -> Iterator[None]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    try:
+        ray.init(
+            address,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            # Everybody imports the installed package; there is nothing to upload.
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+        )
+    except Exception as error:
+        raise RayUnavailable(f"no Ray cluster at {address}: {_first_line(error)}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _own_node_id() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
+
+
+def _living_nodes() -> tuple[Node, ...]:
+    import ray
+
+    known: list[dict[str, Any]] = ray.nodes()
+    living = [
+        Node(node["NodeID"], Place(node["NodeManagerAddress"], Path("/tmp")))
+        for node in known
+        if node["Alive"]
+    ]
+    own = _own_node_id()
+    return tuple(sorted(living, key=lambda node: (node.node_id != own, node.node_id)))
+
+
+def _prepare_environment() -> None:
+    """What Ray's processes inherit from this one. Whatever the user has set stays."""
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray would hide the GPUs from actors that reserve none; ours share what there is.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Two compute threads collapse when anything else runs on a small machine.
+        "OMP_NUM_THREADS": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+    if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ:
+        # Ray would otherwise write a token into the home folder and share it with other clusters.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@contextmanager
+def _temp_dir(wanted: Path | None) -> Iterator[Path]:
+    if wanted is not None:
+        if len(str(wanted)) > MAX_TEMP_DIR_LENGTH:
+            raise RayUnavailable(
+                f"cluster.temp_dir {wanted} has {len(str(wanted))} characters; Unix sockets below "
+                f"it leave room for {MAX_TEMP_DIR_LENGTH}"
+            )
+        yield wanted
+        return
+    parent = Path(tempfile.gettempdir())
+    if len(str(parent)) > MAX_TEMP_DIR_LENGTH // 2:
+        parent = Path("/tmp")
+    folder = Path(tempfile.mkdtemp(prefix="model1-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,34 @@
+"""`model1 serve`: a deployment in the foreground until it is told to stop or cannot go on."""
+
+import asyncio
+import signal
+
+from cluster.config import Settings
+from cluster.deployment import Site, deployed, prepared
+from cluster.supervisor import DeploymentError
+
+
+def serve(settings: Settings) -> None:
+    """Returns after a drain on SIGTERM or SIGINT; a second signal cuts the drain short."""
+    with prepared(settings) as site:
+        asyncio.run(_serve(site))
+
+
+async def _serve(site: Site) -> None:
+    cancel_on_signals()
+    try:
+        async with deployed(site) as deployment:
+            print(f"ready grpc={deployment.endpoint}", flush=True)
+            why = await deployment.supervisor.watch()
+            raise DeploymentError(f"the deployment cannot serve any more: {why}")
+    except asyncio.CancelledError:
+        return  # asked to stop, and drained
+
+
+def cancel_on_signals() -> None:
+    """SIGTERM and SIGINT cancel the running task, and so unwind whatever it holds."""
+    task = asyncio.current_task()
+    assert task is not None
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)

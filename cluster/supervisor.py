@@ -1,0 +1,235 @@
+"""Owns a deployment's running actors: ordered start, the routing table, health, ordered stop.
+
+Reaches actors through the `Actor` protocol alone, so a test drives it without a cluster. Knows
+nothing of Ray, gRPC or models; sees no token.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Protocol
+
+from cluster.topology import ActorSpec, Role, Topology
+
+# Of an actor to a question that it answers from memory.
+ANSWER_TIMEOUT_SECONDS = 5.0
+# Beyond its own grace time, for an actor to say that it has stopped.
+STOP_MARGIN_SECONDS = 5.0
+FIRST_EPOCH = 1
+# Whoever is called comes up before its callers, and goes down after them.
+START_ORDER = (Role.EXPERT, Role.ROUTER, Role.ATTENTION, Role.GATEWAY)
+
+
+class DeploymentError(Exception):
+    """The deployment cannot start or cannot go on; the message is one line and names the actor."""
+
+
+class ActorDied(DeploymentError):
+    """The process of an actor is gone."""
+
+
+class MemberState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """Where an actor runs."""
+
+    pid: int
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """Whom an actor is to call; each role reads the one field that concerns it."""
+
+    replicas_of_expert: tuple[tuple[str, ...], ...] = ()  # addresses; of a router, with the epoch
+    epoch: int = 0
+    router_address: str = ""  # of an attention worker
+    worker_addresses: tuple[tuple[str, str], ...] = ()  # (name, address); of a gateway
+
+
+class Actor(Protocol):
+    """One process of the deployment, as the supervisor sees it. Every call raises `ActorDied` when
+    the process is gone, and `DeploymentError` with the cause when the role refuses."""
+
+    async def load(self) -> Process:
+        """Import and read what the role needs; the slow part, which needs no peer."""
+        ...
+
+    async def serve(self, peers: Peers) -> str:
+        """Listen; returns the address."""
+        ...
+
+    async def num_requests(self) -> int: ...
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Admit nothing more, finish what is under way within the grace time, stop listening."""
+        ...
+
+    def kill(self) -> None:
+        """End the process now; harmless when it is gone already."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An actor as reported to operators."""
+
+    spec: ActorSpec
+    state: MemberState = MemberState.STARTING
+    address: str = ""
+    process: Process = Process(0, "")
+    num_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    epoch: int
+    members: tuple[Member, ...]
+    supervisor: Process
+
+
+class Supervisor:
+    """Every actor of one topology, from their creation to their end."""
+
+    def __init__(
+        self, topology: Topology, create: Callable[[ActorSpec], Actor], own_process: Process
+    ) -> None:
+        self._topology = topology
+        self._own_process = own_process
+        self._epoch = FIRST_EPOCH
+        # Creating does not wait: all processes come up at the same time.
+        self._actors = {spec.name: create(spec) for spec in topology.actors}
+        self._members = {spec.name: Member(spec) for spec in topology.actors}
+
+    async def start(self, timeout_seconds: float) -> str:
+        """Load every role at once, then let them listen in order; returns the gateway's address.
+
+        Kills every actor and raises `DeploymentError` if one fails.
+        """
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await _all(self._load(spec) for spec in self._topology.actors)
+                for role in START_ORDER:
+                    await _all(self._serve(spec) for spec in self._topology.of_role(role))
+        except TimeoutError:
+            late = [m.spec.name for m in self._members.values() if m.state is MemberState.STARTING]
+            self.kill()
+            raise DeploymentError(
+                f"{', '.join(late)} did not start within {timeout_seconds:g} s"
+            ) from None
+        except BaseException:
+            self.kill()
+            raise
+        return self._address(self._topology.of_role(Role.GATEWAY)[0])
+
+    async def snapshot(self) -> Snapshot:
+        """The members with fresh counts. Whoever does not answer keeps its last count."""
+        await self._check_all()
+        return Snapshot(self._epoch, tuple(self._members.values()), self._own_process)
+
+    async def watch(self, interval_seconds: float) -> str:
+        """Check every actor at each interval; returns why, once the living cannot serve."""
+        while True:
+            await self._check_all()
+            members = self._members.values()
+            alive = frozenset(m.spec.name for m in members if m.state is not MemberState.DEAD)
+            if why := self._topology.missing(alive):
+                return why
+            await asyncio.sleep(interval_seconds)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Drain callers before those whom they call, then end every process."""
+        for role in reversed(START_ORDER):
+            await _all(self._stop(spec, grace_seconds) for spec in self._topology.of_role(role))
+        self.kill()
+
+    def kill(self) -> None:
+        for name, actor in self._actors.items():
+            actor.kill()
+            self._set(name, state=MemberState.DEAD)
+
+    async def _load(self, spec: ActorSpec) -> None:
+        process = await self._actors[spec.name].load()
+        self._members[spec.name] = replace(self._members[spec.name], process=process)
+
+    async def _serve(self, spec: ActorSpec) -> None:
+        address = await self._actors[spec.name].serve(self._peers(spec))
+        member = self._members[spec.name]
+        self._members[spec.name] = replace(member, address=address, state=MemberState.READY)
+
+    def _peers(self, spec: ActorSpec) -> Peers:
+        match spec.role:
+            case Role.ROUTER:
+                return Peers(replicas_of_expert=self._replicas_of_expert(), epoch=self._epoch)
+            case Role.ATTENTION:
+                return Peers(router_address=self._address(self._topology.router_of(spec)))
+            case Role.GATEWAY:
+                workers = self._topology.of_role(Role.ATTENTION)
+                return Peers(worker_addresses=tuple((w.name, self._address(w)) for w in workers))
+            case Role.EXPERT:
+                return Peers()  # called by all, calls nobody
+
+    def _replicas_of_expert(self) -> tuple[tuple[str, ...], ...]:
+        replicas = self._topology.of_role(Role.EXPERT)
+        num_experts = max(replica.end_expert for replica in replicas)
+        return tuple(
+            tuple(
+                self._address(replica)
+                for replica in replicas
+                if replica.first_expert <= expert_id < replica.end_expert
+            )
+            for expert_id in range(num_experts)
+        )
+
+    def _address(self, spec: ActorSpec) -> str:
+        return self._members[spec.name].address
+
+    async def _check_all(self) -> None:
+        live = [m.spec for m in self._members.values() if m.state is not MemberState.DEAD]
+        await _all(self._check(spec) for spec in live)
+
+    async def _check(self, spec: ActorSpec) -> None:
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+                count = await self._actors[spec.name].num_requests()
+        except TimeoutError:
+            return  # busy is not dead: a worker computes inline in its loop
+        except ActorDied:
+            self._set(spec.name, state=MemberState.DEAD)
+            return
+        self._members[spec.name] = replace(self._members[spec.name], num_requests=count)
+
+    async def _stop(self, spec: ActorSpec, grace_seconds: float) -> None:
+        if self._members[spec.name].state is MemberState.DEAD:
+            return
+        self._set(spec.name, state=MemberState.DRAINING)
+        try:
+            async with asyncio.timeout(grace_seconds + STOP_MARGIN_SECONDS):
+                await self._actors[spec.name].stop(grace_seconds)
+        except (TimeoutError, DeploymentError):
+            # It is killed next; what is left of its requests ends with UNAVAILABLE at the client.
+            self._set(spec.name, state=MemberState.DEAD)
+
+    def _set(self, name: str, *, state: MemberState) -> None:
+        self._members[name] = replace(self._members[name], state=state)
+
+
+async def _all(steps: Iterable[Awaitable[None]]) -> None:
+    """Await all; the first that fails cancels the others and its own error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for step in steps:
+                group.create_task(_run(step))
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+
+
+async def _run(step: Awaitable[None]) -> None:
+    await step

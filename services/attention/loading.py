@@ -1,0 +1,34 @@
+"""From a checkpoint directory to what a worker computes with.
+
+Takes the dtype by name, so that whoever starts workers needs no torch.
+"""
+
+from pathlib import Path
+
+import torch
+
+from model1.checkpoint import load_experts, load_trunk
+from model1.kv_pool import KVPool, PoolCapacity
+from model1.trunk import Trunk
+from services.attention.engine import Engine, EngineConfig
+from services.attention.local import LocalExperts
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_trunk_and_pool(
+    directory: Path, *, dtype: str, device: str, capacity: PoolCapacity
+) -> tuple[Trunk, KVPool]:
+    """What an attention worker holds. Raises a `ModelError`."""
+    trunk = load_trunk(directory, _DTYPES[dtype], device)
+    return trunk, KVPool(trunk.config, capacity, _DTYPES[dtype], device)
+
+
+def load_local_engine(
+    directory: Path, *, dtype: str, device: str, capacity: PoolCapacity, config: EngineConfig
+) -> Engine:
+    """A worker's engine with every routed expert in the same process."""
+    trunk, pool = load_trunk_and_pool(directory, dtype=dtype, device=device, capacity=capacity)
+    every_expert = range(trunk.config.n_routed_experts)
+    bank = load_experts(directory, every_expert, _DTYPES[dtype], device)
+    return Engine(trunk, pool, LocalExperts(bank), config)

@@ -1,0 +1,21 @@
+"""From a checkpoint directory to a replica that holds some of its experts.
+
+Takes the dtype by name, so that whoever starts replicas needs no torch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from model1.checkpoint import load_experts
+from services.expert.replica import ExpertReplica
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_replica(
+    directory: Path, *, name: str, expert_ids: Sequence[int], dtype: str, device: str
+) -> ExpertReplica:
+    """Reads the tensors of these experts and no others. Raises a `ModelError`."""
+    return ExpertReplica(name, load_experts(directory, expert_ids, _DTYPES[dtype], device))
