@@ -5,6 +5,8 @@ beside 0 or 500 others. These are the few operations whose torch kernels would o
 show (measured on torch 2.13, x86-64, one thread; `tests/model1/test_numerics.py` holds it):
 
 * float32 matrix products take another path below 4 rows: fewer rows are padded to 4;
+* bfloat16 ones do for single rows where the sums are longer than 1,024, and wherever the whole
+  product has at most 4,096 multiplications: rows are added until it is neither;
 * float32 `sigmoid`, `silu` and `softplus` round differently in the vector tail, so they are
   composed here from `exp`, `log1p` and division, which do not. `addcmul` and complex
   products have the same fault: multiply and add separately.
@@ -14,23 +16,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MIN_FLOAT32_ROWS = 4
+_MIN_ROWS = 4
+_LONG_SUM = 1024
+_SMALL_PRODUCT = 4096
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x [T, K] @ weight [N, K]^T -> [T, N]`, dtype of both."""
     rows = x.shape[0]
-    if x.dtype == torch.float32 and rows < _MIN_FLOAT32_ROWS:
-        return F.linear(F.pad(x, (0, 0, 0, _MIN_FLOAT32_ROWS - rows)), weight)[:rows]
+    padded = _padded_rows(rows, weight.shape[1], weight.numel(), x.dtype)
+    if padded > rows:
+        return F.linear(F.pad(x, (0, 0, 0, padded - rows)), weight)[:rows]
     return F.linear(x, weight)
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """`a [B, T, K] @ b [B, K, N] -> [B, T, N]`; rows are the T of each matrix."""
     rows = a.shape[1]
-    if a.dtype == torch.float32 and rows < _MIN_FLOAT32_ROWS:
-        return torch.bmm(F.pad(a, (0, 0, 0, _MIN_FLOAT32_ROWS - rows)), b)[:, :rows]
+    padded = _padded_rows(rows, b.shape[1], b.numel(), a.dtype)
+    if padded > rows:
+        return torch.bmm(F.pad(a, (0, 0, 0, padded - rows)), b)[:, :rows]
     return torch.bmm(a, b)
+
+
+def _padded_rows(rows: int, sum_length: int, products_per_row: int, dtype: torch.dtype) -> int:
+    if dtype == torch.float32 or sum_length > _LONG_SUM:
+        rows = max(rows, _MIN_ROWS)
+    if dtype == torch.float32:
+        return rows
+    return max(rows, _SMALL_PRODUCT // products_per_row + 1)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -20,7 +20,7 @@ _MAX_LISTED_PROBLEMS = 20
 
 
 def load_trunk(directory: str | Path, dtype: torch.dtype, device: torch.device | str) -> Trunk:
-    """Everything but the routed experts; their bytes are not read."""
+    """Everything but the routed experts; their bytes are not read. For inference: no gradients."""
     config = load_config(directory)
     with CheckpointTensors(directory) as tensors:
         return read_trunk(tensors, config, dtype, device)
@@ -51,7 +51,7 @@ def read_trunk(
     for layer, hashed in enumerate(config.hash_routed):
         if hashed:
             _check_hash_table(trunk, layer, tensors)
-    return trunk
+    return trunk.requires_grad_(False)
 
 
 def read_experts(
@@ -84,7 +84,7 @@ def read_experts(
                 tensors.read_into(w2, f"{experts}.w2", row=expert)
             else:
                 tensors.read_into(w2, f"{experts}.{expert}.w2.weight")
-    return bank
+    return bank.requires_grad_(False)
 
 
 def _trunk_shapes(config: ModelConfig) -> Shapes:
