@@ -143,11 +143,11 @@ CASES = (
         (1, 3, 128, 259),
     ),
     Case(
-        "all_hash_one_stream",
+        "all_hash_three_streams",
         {
             "compress_ratios": [4, 128, 4],
             "num_hash_layers": 3,
-            "hc_mult": 1,
+            "hc_mult": 3,
             "index_topk": 5,
             "n_routed_experts": 8,
             "num_experts_per_tok": 3,
