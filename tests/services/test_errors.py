@@ -32,7 +32,7 @@ def test_the_tree_in_the_module_docstring_lists_every_service_error() -> None:
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code.value[0]])
 def test_a_status_keeps_its_meaning_over_the_next_hop(code: grpc.StatusCode) -> None:
     error = errors.from_rpc_error(
-        grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details="why")
+        grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), "why", "")
     )
     assert str(error) == "why"
     kept = errors.STATUS[type(error)]

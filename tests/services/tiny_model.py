@@ -62,7 +62,7 @@ def model() -> Model:
                 values = 1 + 0.1 * values
             parameter.data.copy_(values)
             parameter.requires_grad_(False)
-    hashed = trunk.layers[0].ffn.gate.tid2eid
+    hashed = trunk.get_buffer("layers.0.ffn.gate.tid2eid")
     for token in range(VOCAB_SIZE):
         hashed[token] = torch.randperm(CONFIG.n_routed_experts, generator=draw)[:2]
     return Model(trunk, bank)

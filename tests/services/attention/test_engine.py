@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -38,6 +39,7 @@ class ControlledExperts:
         self.gate = asyncio.Event()
         self.gate.set()
         self.error: Exception | None = None
+        self.errors_at: dict[int, Exception] = {}  # by the number of the call
         self.num_calls = 0
         self._local = LocalExperts(tiny_model.model().experts)
 
@@ -46,6 +48,8 @@ class ControlledExperts:
         await self.gate.wait()
         if self.error is not None:
             raise self.error
+        if self.num_calls in self.errors_at:
+            raise self.errors_at[self.num_calls]
         return await self._local.submit(call)
 
 
@@ -119,7 +123,7 @@ async def test_a_crowd_gets_the_tokens_that_each_would_get_alone() -> None:
         request("chunked", 150, 10),
         request("sampled", 9, 16, temperature=0.9),
         request("window", 33, 1),
-        request("long answer", 3, 140),
+        request("long answer", 3, 60),
         request("waits for a place", 40, 5, temperature=0.5),
         request("waits too", 129, 5),
     ]
@@ -338,6 +342,56 @@ async def test_cancelling_the_loop_mid_step_frees_everything() -> None:
         await loop
     engine.check()
     assert pool.usage().sequences == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_under_random_cancels_deadlines_and_failures_each_request_ends_once(
+    seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw = random.Random(seed)
+    experts, pool = ControlledExperts(), tiny_model.pool(max_sequences=3, max_tokens=500)
+    caplog.set_level(logging.CRITICAL)  # the failures are wanted here
+    shapes = [(1, 20), (20, 3), (40, 12)]
+    whole = {shape: oracle(request("alone", *shape)) for shape in shapes}
+    endings: list[str] = []
+
+    async def client(number: int) -> None:
+        shape = draw.choice(shapes)
+        patience = draw.choice((1, 2, 1000))
+        soon_s = asyncio.get_running_loop().time() + draw.choice((0.01, 1000))
+        for _ in range(draw.randrange(100)):
+            await asyncio.sleep(0)
+        token_ids: list[int] = []
+        try:
+            with engine.submit(request(f"{number}", *shape), soon_s) as stream:
+                async for event in stream:
+                    token_ids += event.token_ids
+                    if event.finish_reason is not None:
+                        endings.append("finished")
+                        assert token_ids == whole[shape]
+                    elif len(token_ids) >= patience:
+                        endings.append("left")
+                        break
+        except (DeadlineExceeded, ExpertsUnavailable, InternalFailure) as error:
+            endings.append(type(error).__name__)
+        assert token_ids == whole[shape][: len(token_ids)]
+
+    limits = SchedulerLimits(max_batch_tokens=16, max_sequences=3, max_waiting=30)
+    async with running_engine(experts, pool, limits) as engine:
+        experts.errors_at = {
+            call: draw.choice((ExpertsUnavailable("gone"), RuntimeError("boom")))
+            for call in draw.sample(range(60), k=4)
+        }
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(20):
+                tasks.create_task(client(number))
+        await engine.drain(grace_s=30)
+        pool.check()
+        assert pool.usage().sequences == 0
+        counters = engine.stats().counters
+    assert len(endings) == counters.accepted == 20
+    assert counters.finished == endings.count("finished")
+    assert counters.cancelled == endings.count("left")
 
 
 def test_steps_larger_than_the_pool_are_refused() -> None:

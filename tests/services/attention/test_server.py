@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
@@ -47,14 +48,14 @@ def request(name: str, max_tokens: int = 6) -> attention_pb2.AttentionGenerateRe
     )
 
 
-async def failure(call: object) -> grpc.aio.AioRpcError:
+async def failure(call: Any) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         async for _ in call:
             pass
     return raised.value
 
 
-async def accepted(call: object) -> None:
+async def accepted(call: Any) -> None:
     assert (await anext(aiter(call))).WhichOneof("event") == "accepted"
 
 
@@ -100,7 +101,7 @@ async def test_the_limits_of_the_worker_are_statuses(stub) -> None:
     ],
 )
 async def test_a_malformed_request_is_refused_though_a_gateway_should_have(
-    stub, changes: dict[str, object], words: str
+    stub, changes: dict[str, Any], words: str
 ) -> None:
     message = request("a")
     for field in changes:

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from model1.kv_pool import KVPool
@@ -261,7 +261,8 @@ async def test_a_full_gateway_says_so_and_when_to_retry(deployment: Deployment) 
     error = await failure(deployment.inference.Generate(request()))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert error.details() == "4 requests are active, the gateway takes 4 at once"
-    trailer = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    metadata: Any = error.trailing_metadata()
+    trailer = metadata["grpc-status-details-bin"]
     status = status_pb2.Status.FromString(trailer)
     retry = error_details_pb2.RetryInfo()
     assert status.details[0].Unpack(retry)
@@ -292,7 +293,7 @@ async def test_a_dead_worker_is_named_and_then_avoided(deployment: Deployment) -
     await deployment.workers[0].stop(grace_s=0)
     error = await failure(deployment.inference.Generate(request()))
     assert error.code() is grpc.StatusCode.UNAVAILABLE
-    assert error.details().startswith("attention worker attention-0: ")
+    assert str(error.details()).startswith("attention worker attention-0: ")
     answer = await deployment.inference.Generate(request())
     assert answer.worker == "attention-1"
 
@@ -304,7 +305,7 @@ async def test_a_worker_that_dies_mid_stream_ends_its_requests(deployment: Deplo
     await deployment.workers[0].stop(grace_s=0)
     error = await failure(call)
     assert error.code() is grpc.StatusCode.UNAVAILABLE
-    assert error.details().startswith("attention worker attention-0: the worker shut down")
+    assert str(error.details()).startswith("attention worker attention-0: the worker shut down")
 
 
 async def test_without_workers_nothing_is_served(deployment: Deployment) -> None:
