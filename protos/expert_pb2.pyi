@@ -8,9 +8,8 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ExpertRows(_message.Message):
-    __slots__ = ("call_id", "cancel", "layer", "dtype", "num_rows", "hidden_size", "num_pairs", "rows", "row_index", "expert_ids", "weights", "timeout_seconds")
+    __slots__ = ("call_id", "layer", "dtype", "num_rows", "hidden_size", "num_pairs", "rows", "row_index", "expert_ids", "weights", "deadline_seconds")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
-    CANCEL_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -20,9 +19,8 @@ class ExpertRows(_message.Message):
     ROW_INDEX_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
-    TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     call_id: int
-    cancel: bool
     layer: int
     dtype: _tensor_pb2.DType
     num_rows: int
@@ -32,8 +30,8 @@ class ExpertRows(_message.Message):
     row_index: bytes
     expert_ids: bytes
     weights: bytes
-    timeout_seconds: float
-    def __init__(self, call_id: _Optional[int] = ..., cancel: _Optional[bool] = ..., layer: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_pairs: _Optional[int] = ..., rows: _Optional[bytes] = ..., row_index: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
+    deadline_seconds: float
+    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_pairs: _Optional[int] = ..., rows: _Optional[bytes] = ..., row_index: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., deadline_seconds: _Optional[float] = ...) -> None: ...
 
 class ExpertOutputs(_message.Message):
     __slots__ = ("call_id", "pair_rows", "error")
@@ -50,7 +48,7 @@ class ExpertStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ExpertStatsResponse(_message.Message):
-    __slots__ = ("replica", "expert_ids", "draining", "calls", "rows", "pairs", "failed_calls", "skipped_calls", "busy_seconds", "waiting_calls")
+    __slots__ = ("replica", "expert_ids", "draining", "calls", "rows", "pairs", "failed_calls", "late_calls", "busy_seconds")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
@@ -58,9 +56,8 @@ class ExpertStatsResponse(_message.Message):
     ROWS_FIELD_NUMBER: _ClassVar[int]
     PAIRS_FIELD_NUMBER: _ClassVar[int]
     FAILED_CALLS_FIELD_NUMBER: _ClassVar[int]
-    SKIPPED_CALLS_FIELD_NUMBER: _ClassVar[int]
+    LATE_CALLS_FIELD_NUMBER: _ClassVar[int]
     BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    WAITING_CALLS_FIELD_NUMBER: _ClassVar[int]
     replica: str
     expert_ids: _containers.RepeatedScalarFieldContainer[int]
     draining: bool
@@ -68,7 +65,6 @@ class ExpertStatsResponse(_message.Message):
     rows: int
     pairs: int
     failed_calls: int
-    skipped_calls: int
+    late_calls: int
     busy_seconds: float
-    waiting_calls: int
-    def __init__(self, replica: _Optional[str] = ..., expert_ids: _Optional[_Iterable[int]] = ..., draining: _Optional[bool] = ..., calls: _Optional[int] = ..., rows: _Optional[int] = ..., pairs: _Optional[int] = ..., failed_calls: _Optional[int] = ..., skipped_calls: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., waiting_calls: _Optional[int] = ...) -> None: ...
+    def __init__(self, replica: _Optional[str] = ..., expert_ids: _Optional[_Iterable[int]] = ..., draining: _Optional[bool] = ..., calls: _Optional[int] = ..., rows: _Optional[int] = ..., pairs: _Optional[int] = ..., failed_calls: _Optional[int] = ..., late_calls: _Optional[int] = ..., busy_seconds: _Optional[float] = ...) -> None: ...

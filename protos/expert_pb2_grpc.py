@@ -50,8 +50,9 @@ class ExpertServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Dispatch(self, request_iterator, context):
-        """One long-lived stream a router. Every ExpertRows that is not a cancellation is answered by one
-        ExpertOutputs of the same call_id, unless it was cancelled before its turn.
+        """One long-lived stream a router. Every ExpertRows is answered by one ExpertOutputs of the same
+        call_id, in order. The initial metadata holds `model1-clock-seconds`, the replica's clock when
+        the stream was opened.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

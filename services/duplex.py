@@ -19,25 +19,33 @@ from services import rpc
 
 FIRST_BACKOFF_SECONDS = 0.02
 MAX_BACKOFF_SECONDS = 2.0
+# A server reads no further while its peer leaves this many answers unread.
+MAX_UNWRITTEN_ANSWERS = 64
+# In the initial metadata of every stream: the server's clock, which deadlines may refer to.
+CLOCK_KEY = "model1-clock-seconds"
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Message = TypeVar("Message")
 
 
 class Duplex(Generic[Request, Response]):
-    """`receive` is called with each message; `broken` with a reason when the stream ends without
-    being asked to: nothing sent before will be answered any more."""
+    """`opened` is called with the initial metadata of every new stream, `receive` with each
+    message, and `broken` with a reason when the stream ends without being asked to: nothing sent
+    before will be answered any more."""
 
     def __init__(
         self,
         address: str,
         open_stream: Callable[[grpc.aio.Channel], grpc.aio.StreamStreamCall[Request, Response]],
         *,
+        opened: Callable[[grpc.aio.Metadata], None] = lambda _metadata: None,
         receive: Callable[[Response], None],
         broken: Callable[[str], None],
     ) -> None:
         self.address = address
         self._open_stream = open_stream
+        self._opened = opened
         self._receive = receive
         self._broken = broken
         self._outbox: asyncio.Queue[Request] = asyncio.Queue()
@@ -48,17 +56,20 @@ class Duplex(Generic[Request, Response]):
     def connected(self) -> bool:
         return self._connected.is_set()
 
+    @property
+    def closed(self) -> bool:
+        return self._task.done()
+
     async def wait_connected(self) -> None:
         await self._connected.wait()
 
     def send(self, message: Request) -> None:
         """Queue a message; call it only while connected. The queue is as long as the sender lets
-        it: both senders bound the calls that they have under way."""
-        self._outbox.put_nowait(message)
+        it: every sender bounds the calls that it has under way.
 
-    @property
-    def closed(self) -> bool:
-        return self._task.done()
+        When nothing else waits, one `await asyncio.sleep(0)` later the bytes are in gRPC's hands.
+        """
+        self._outbox.put_nowait(message)
 
     def cancel(self) -> None:
         """Close soon, without waiting for it."""
@@ -77,12 +88,13 @@ class Duplex(Generic[Request, Response]):
                 stream = self._open_stream(channel)
                 try:
                     await stream.wait_for_connection()
+                    self._opened(await stream.initial_metadata())
                     backoff_seconds = FIRST_BACKOFF_SECONDS
+                    # What was left in the last one was meant for a peer that is gone.
+                    self._outbox = asyncio.Queue()
                     self._connected.set()
                     reason = await self._converse(stream)
                     self._connected.clear()
-                    # What was still queued would otherwise reach the peer's successor.
-                    self._outbox = asyncio.Queue()
                     self._broken(reason)
                 except grpc.aio.AioRpcError:
                     pass  # never connected: nobody waits for an answer, the next try is below
@@ -94,7 +106,7 @@ class Duplex(Generic[Request, Response]):
 
     async def _converse(self, stream: grpc.aio.StreamStreamCall[Request, Response]) -> str:
         """Until the stream ends; returns why it did."""
-        writing = asyncio.create_task(rpc.pump(self._outbox, stream.write))
+        writing = asyncio.create_task(_pump(self._outbox, stream.write))
         try:
             async for message in stream:
                 self._receive(message)
@@ -121,15 +133,18 @@ async def answer(
     When the client has no more to ask, or at a drain, waits for `settled()`, writes the rest and
     returns, which ends the stream. Requests that a drain leaves unread are the client's to repeat.
     """
-    # Without it the client learns only from the first answer that the stream is open.
-    await context.send_initial_metadata(())
+    clock_seconds = asyncio.get_running_loop().time()
+    # Sent at once: it is what tells the client that the stream is open.
+    await context.send_initial_metadata(((CLOCK_KEY, str(clock_seconds)),))
 
     async def read() -> None:
         async for message in requests:
             receive(message)
+            if outbox.qsize() >= MAX_UNWRITTEN_ANSWERS:
+                await outbox.join()
 
     async with asyncio.TaskGroup() as tasks:
-        writing = tasks.create_task(rpc.pump(outbox, context.write))
+        writing = tasks.create_task(_pump(outbox, context.write))
         reading = tasks.create_task(read())
         drain = tasks.create_task(draining.wait())
         await asyncio.wait((reading, drain), return_when=asyncio.FIRST_COMPLETED)
@@ -138,3 +153,13 @@ async def answer(
         await settled()
         await outbox.join()
         writing.cancel()
+
+
+async def _pump(
+    outbox: asyncio.Queue[Message], write: Callable[[Message], Awaitable[None]]
+) -> None:
+    """Write what is put into `outbox`, in order: gRPC allows one write at a time on a stream."""
+    while True:
+        message = await outbox.get()
+        await write(message)
+        outbox.task_done()

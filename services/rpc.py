@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import grpc
 import grpc.aio
@@ -154,23 +154,6 @@ async def start_server(
 def channel(address: str) -> grpc.aio.Channel:
     """A channel to one peer with the same limits as the servers; use it as a context manager."""
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-
-
-Message = TypeVar("Message")
-
-
-async def pump(outbox: asyncio.Queue[Message], write: Callable[[Message], Awaitable[None]]) -> None:
-    """Write what is put into `outbox`, in order, until cancelled or the stream breaks.
-
-    gRPC allows one write at a time on a stream. When the pump is idle, one `await asyncio.sleep(0)`
-    after a put is enough for the bytes to be handed to gRPC.
-    """
-    while True:
-        message = await outbox.get()
-        try:
-            await write(message)
-        finally:
-            outbox.task_done()
 
 
 def _bind(server: grpc.aio.Server, address: str) -> str:

@@ -84,7 +84,7 @@ def decode_layer_rows(message: router_pb2.LayerRows) -> LayerRows:
 
 
 def encode_expert_rows(
-    call_id: int, call: ExpertRows, timeout_seconds: float | None
+    call_id: int, call: ExpertRows, deadline_seconds: float | None
 ) -> expert_pb2.ExpertRows:
     num_rows, hidden_size = call.rows.shape
     return expert_pb2.ExpertRows(
@@ -98,7 +98,7 @@ def encode_expert_rows(
         row_index=call.row_index.tobytes(),
         expert_ids=call.expert_ids.tobytes(),
         weights=call.weights.tobytes(),
-        timeout_seconds=timeout_seconds or 0.0,
+        deadline_seconds=deadline_seconds or 0.0,
     )
 
 

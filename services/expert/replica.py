@@ -31,7 +31,7 @@ class ReplicaCounters:
     rows: int = 0
     pairs: int = 0
     failed_calls: int = 0
-    skipped_calls: int = 0  # cancelled, or past their deadline, before their turn
+    late_calls: int = 0  # past their deadline before their turn, and therefore not computed
     busy_seconds: float = 0.0
 
 

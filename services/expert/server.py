@@ -1,7 +1,8 @@
-"""Owns the gRPC edge of an expert replica: its streams, the calls waiting on each, their deadlines.
+"""Owns the gRPC edge of an expert replica: its streams, and the answer to what cannot be computed.
 
 Computes inline in the event loop, because one thread owns the weights and the process has nothing
-better to do meanwhile. Knows nothing of what is computed.
+better to do meanwhile; what waits, waits in the streams, bounded by gRPC's flow control. Knows
+nothing of what is computed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from functools import partial
 
 import grpc.aio
@@ -21,23 +21,12 @@ from services.expert.replica import ExpertReplica
 
 log = logging.getLogger(__name__)
 
-# Routers keep at most their own bound under way; this one catches a router that does not.
-MAX_WAITING_CALLS = 256
-
-
-@dataclass(slots=True, eq=False)
-class _WaitingCall:
-    message: expert_pb2.ExpertRows
-    deadline: float | None  # loop time
-    cancelled: bool = False
-
 
 class ExpertServicer(expert_pb2_grpc.ExpertServicer):
-    def __init__(self, replica: ExpertReplica, max_waiting_calls: int = MAX_WAITING_CALLS) -> None:
+    def __init__(self, replica: ExpertReplica) -> None:
         self._replica = replica
-        self._max_waiting_calls = max_waiting_calls
         self._draining = asyncio.Event()
-        self._streams: set[_Stream] = set()
+        self._num_streams = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -46,23 +35,21 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
         request_iterator: AsyncIterator[expert_pb2.ExpertRows],
         context: grpc.aio.ServicerContext[expert_pb2.ExpertRows, expert_pb2.ExpertOutputs],
     ) -> None:
-        stream = _Stream(self._replica, self._max_waiting_calls)
-        self._streams.add(stream)
+        outbox: asyncio.Queue[expert_pb2.ExpertOutputs] = asyncio.Queue()
+        self._num_streams += 1
         self._idle.clear()
-        computing = asyncio.create_task(stream.compute_in_turn())
         try:
             await answer(
                 request_iterator,
                 context,
-                stream.outbox,
-                receive=stream.receive,
-                settled=stream.inbox.join,
+                outbox,
+                receive=lambda message: outbox.put_nowait(self._answer(message)),
+                settled=_at_once,
                 draining=self._draining,
             )
         finally:
-            computing.cancel()
-            self._streams.discard(stream)
-            if not self._streams:
+            self._num_streams -= 1
+            if not self._num_streams:
                 self._idle.set()
 
     async def Stats(
@@ -81,91 +68,55 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
             rows=counters.rows,
             pairs=counters.pairs,
             failed_calls=counters.failed_calls,
-            skipped_calls=counters.skipped_calls,
+            late_calls=counters.late_calls,
             busy_seconds=counters.busy_seconds,
-            waiting_calls=sum(stream.inbox.qsize() for stream in self._streams),
         )
 
     async def drain(self) -> None:
-        """Answer what has arrived, then end every stream; routers send the rest elsewhere."""
+        """Write the answers that are computed, then end every stream; routers send what is left
+        unanswered elsewhere."""
         self._draining.set()
         await self._idle.wait()
 
-
-class _Stream:
-    """The calls of one router, computed in the order of their arrival."""
-
-    def __init__(self, replica: ExpertReplica, max_waiting_calls: int) -> None:
-        self.inbox: asyncio.Queue[_WaitingCall] = asyncio.Queue(max_waiting_calls)
-        self.outbox: asyncio.Queue[expert_pb2.ExpertOutputs] = asyncio.Queue()
-        self._replica = replica
-        self._waiting: dict[int, _WaitingCall] = {}
-
-    def receive(self, message: expert_pb2.ExpertRows) -> None:
-        if message.cancel:
-            if call := self._waiting.get(message.call_id):
-                call.cancelled = True
-            return
-        timeout_seconds = message.timeout_seconds
-        deadline = asyncio.get_running_loop().time() + timeout_seconds if timeout_seconds else None
-        call = _WaitingCall(message, deadline)
+    def _answer(self, message: expert_pb2.ExpertRows) -> expert_pb2.ExpertOutputs:
         try:
-            self.inbox.put_nowait(call)
-        except asyncio.QueueFull:
-            full = errors.QueueFull(
-                f"replica {self._replica.name} has {self.inbox.maxsize} calls waiting"
-            )
-            self._fail(message.call_id, full)
-        else:
-            self._waiting[message.call_id] = call
-
-    async def compute_in_turn(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            call = await self.inbox.get()
-            self._waiting.pop(call.message.call_id, None)
-            if call.cancelled:
-                self._replica.counters.skipped_calls += 1
-            elif call.deadline is not None and loop.time() >= call.deadline:
-                self._replica.counters.skipped_calls += 1
-                late = errors.DeadlineExceeded(
-                    f"the deadline passed while the call waited on replica {self._replica.name}"
-                )
-                self.outbox.put_nowait(_failure(call.message.call_id, late))
-            else:
-                self._compute(call.message)
-            self.inbox.task_done()
-            # Computing blocks the loop: let the answer out and the next request in.
-            await asyncio.sleep(0)
-
-    def _compute(self, message: expert_pb2.ExpertRows) -> None:
-        try:
+            self._refuse_late(message.deadline_seconds)
             pair_rows = self._replica.compute(wire.decode_expert_rows(message))
+        except errors.DeadlineExceeded as error:
+            self._replica.counters.late_calls += 1
+            return _failure(message.call_id, error)
         except (wire.MalformedCall, errors.ServiceError) as error:
-            self._fail(message.call_id, error)
+            self._replica.counters.failed_calls += 1
+            return _failure(message.call_id, error)
         except Exception:
+            self._replica.counters.failed_calls += 1
             log.exception("expert_call_failed call_id=%d layer=%d", message.call_id, message.layer)
             unexpected = errors.InternalFailure(
                 f"replica {self._replica.name} failed on layer {message.layer}; see its log"
             )
-            self._fail(message.call_id, unexpected)
-        else:
-            self.outbox.put_nowait(wire.encode_expert_outputs(message.call_id, pair_rows))
+            return _failure(message.call_id, unexpected)
+        return wire.encode_expert_outputs(message.call_id, pair_rows)
 
-    def _fail(self, call_id: int, error: Exception) -> None:
-        self._replica.counters.failed_calls += 1
-        self.outbox.put_nowait(_failure(call_id, error))
+    def _refuse_late(self, deadline_seconds: float) -> None:
+        late_seconds = asyncio.get_running_loop().time() - deadline_seconds
+        if deadline_seconds and late_seconds >= 0:
+            raise errors.DeadlineExceeded(
+                f"the deadline passed {late_seconds:.3f} s before the call's turn on replica "
+                f"{self._replica.name}"
+            )
+
+
+async def _at_once() -> None:
+    """Nothing is under way between two messages: an answer is made while its call is received."""
 
 
 def _failure(call_id: int, error: Exception) -> expert_pb2.ExpertOutputs:
     return expert_pb2.ExpertOutputs(call_id=call_id, error=wire.encode_error(error))
 
 
-def expert_service(
-    replica: ExpertReplica, max_waiting_calls: int = MAX_WAITING_CALLS
-) -> rpc.Service:
+def expert_service(replica: ExpertReplica) -> rpc.Service:
     """What rpc.start_server needs to serve this replica; call it inside the event loop."""
-    servicer = ExpertServicer(replica, max_waiting_calls)
+    servicer = ExpertServicer(replica)
     return rpc.Service(
         expert_pb2.DESCRIPTOR.services_by_name["Expert"].full_name,
         partial(expert_pb2_grpc.add_ExpertServicer_to_server, servicer),

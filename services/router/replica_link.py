@@ -6,6 +6,7 @@ Knows neither the routing table nor the crossings that its calls are parts of.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ import numpy as np
 
 from protos import expert_pb2, expert_pb2_grpc
 from services import wire
-from services.duplex import Duplex
+from services.duplex import CLOCK_KEY, Duplex
 from services.router.routing import Load
 from services.wire import ExpertRows, Words
 
@@ -51,8 +52,13 @@ class ReplicaLink:
         self.breaks = 0
         self._pending: dict[int, _PendingCall] = {}
         self._retiring = False
+        self._clock_offset_seconds = 0.0  # the replica's clock minus ours
         self._duplex = Duplex[expert_pb2.ExpertRows, expert_pb2.ExpertOutputs](
-            address, _open_dispatch, receive=self._receive, broken=self._break
+            address,
+            _open_dispatch,
+            opened=self._read_clock,
+            receive=self._receive,
+            broken=self._break,
         )
 
     @property
@@ -70,8 +76,11 @@ class ReplicaLink:
     async def wait_connected(self) -> None:
         await self._duplex.wait_connected()
 
-    def submit(self, call: ExpertRows, timeout_seconds: float | None, answered: Answered) -> int:
-        """Send a call; `answered` is called once, later, unless the call is cancelled before."""
+    def submit(self, call: ExpertRows, deadline: float | None, answered: Answered) -> int:
+        """Send a call; `answered` is called once, later, unless the call is forgotten before.
+
+        `deadline` is on our loop's clock. Returns the call's id.
+        """
         self.calls += 1
         call_id = self.calls
         num_pairs = len(call.row_index)
@@ -80,12 +89,14 @@ class ReplicaLink:
         self._pending[call_id] = _PendingCall(
             num_pairs, call.rows.shape[1], call.rows.dtype, answered
         )
-        self._duplex.send(wire.encode_expert_rows(call_id, call, timeout_seconds))
+        deadline_there = None if deadline is None else deadline + self._clock_offset_seconds
+        self._duplex.send(wire.encode_expert_rows(call_id, call, deadline_there))
         return call_id
 
-    def cancel(self, call_id: int) -> None:
-        if self._forget(call_id) and self._duplex.connected:
-            self._duplex.send(expert_pb2.ExpertRows(call_id=call_id, cancel=True))
+    def forget(self, call_id: int) -> None:
+        """Nobody waits for it any more. The replica is not told: it reads in order, and so would
+        learn of it only after having computed the call."""
+        self._remove(call_id)
 
     def retire(self) -> None:
         """Close as soon as nothing is under way; submit no more."""
@@ -97,7 +108,7 @@ class ReplicaLink:
         await self._duplex.close()
         self._abandon("its link was closed")
 
-    def _forget(self, call_id: int) -> _PendingCall | None:
+    def _remove(self, call_id: int) -> _PendingCall | None:
         pending = self._pending.pop(call_id, None)
         if pending:
             self.outstanding_pairs -= pending.num_pairs
@@ -105,10 +116,15 @@ class ReplicaLink:
                 self._duplex.cancel()
         return pending
 
+    def _read_clock(self, metadata: grpc.aio.Metadata) -> None:
+        # Read later than it was written, so a deadline comes out early by one latency, never late.
+        there = float(str(metadata[CLOCK_KEY]))
+        self._clock_offset_seconds = there - asyncio.get_running_loop().time()
+
     def _receive(self, message: expert_pb2.ExpertOutputs) -> None:
-        pending = self._forget(message.call_id)
+        pending = self._remove(message.call_id)
         if pending is None:
-            return  # cancelled while the answer was on its way
+            return  # forgotten while the answer was on its way
         if message.HasField("error"):
             if message.error.code in _TRY_ANOTHER:
                 pending.answered(ReplicaUnusable(f"{self.address}: {message.error.message}"))

@@ -71,12 +71,6 @@ class Crossing:
         )
         self.parts: dict[_Part, int] = {}  # -> call id on its link
 
-    def remaining_seconds(self) -> float | None:
-        if self.deadline is None:
-            return None
-        # Never 0, which means "no deadline" on the wire.
-        return max(1e-6, self.deadline - asyncio.get_running_loop().time())
-
 
 class Router:
     """Build it inside the event loop; it serves once `update` gave it a table."""
@@ -200,13 +194,12 @@ class Router:
             words = f"layer {crossing.call.layer}: {error}" + (f" ({reason})" if reason else "")
             self._finish(crossing, errors.ExpertsUnavailable(words))
             return
-        remaining_seconds = crossing.remaining_seconds()
         for share in shares:
             link = self._links[share.replica]
             part = _Part(link, positions[share.positions], tried | {share.replica})
             crossing.parts[part] = link.submit(
                 gather(crossing.call, part.positions),
-                remaining_seconds,
+                crossing.deadline,
                 partial(self._answered, crossing, part),
             )
 
@@ -242,7 +235,7 @@ class Router:
             crossing.timer.cancel()
         parts, crossing.parts = crossing.parts, {}
         for part, call_id in parts.items():
-            part.link.cancel(call_id)
+            part.link.forget(call_id)
 
     def _retire(self, links: set[ReplicaLink]) -> None:
         self._retired = {link for link in self._retired if not link.closed} | links

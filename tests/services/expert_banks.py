@@ -60,12 +60,12 @@ def seeded_bank(
 ) -> ExpertBank:
     """An expert's weights depend on its id alone, not on who holds it beside which others."""
     bank = ExpertBank(shape or config(), expert_ids, dtype)
-    for layer, held in enumerate(bank.layers):
-        for weight in (held.w13, held.w2):
-            for slot, expert_id in enumerate(bank.expert_ids):
-                seed = torch.Generator().manual_seed(1000 * layer + expert_id + weight.shape[-1])
-                drawn = torch.randn(weight.shape[1:], generator=seed) * weight.shape[-1] ** -0.5
-                weight.data[slot] = drawn.to(dtype)
+    for name, weight in bank.named_parameters():
+        layer = int(name.split(".")[1])
+        for slot, expert_id in enumerate(bank.expert_ids):
+            draw = torch.Generator().manual_seed(1000 * layer + 10 * expert_id + ("w2" in name))
+            drawn = torch.randn(weight.shape[1:], generator=draw) * weight.shape[-1] ** -0.5
+            weight.data[slot] = drawn.to(dtype)
     return bank
 
 
