@@ -9,7 +9,7 @@ import asyncio
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from model1.errors import InvalidRequest, ModelError
@@ -17,7 +17,7 @@ from model1.kv_pool import KVHandle, KVPool
 from model1.trunk import Trunk
 from services.attention.runner import Experts, StepRunner
 from services.attention.scheduler import Scheduler, SchedulerLimits, Slice
-from services.attention.sequence import Sequence, SequenceState
+from services.attention.sequence import Sequence
 from services.attention.stats import Counters, EngineStats
 from services.attention.stream import TokenStream
 from services.errors import (
@@ -152,8 +152,10 @@ class Engine:
                     self._wake.clear()
         finally:
             self._is_draining = self._is_closed = True
-            for live in list(self._live.values()):
-                self._end(live, Draining("the worker shut down before the answer was done"))
+            with ExitStack() as endings:  # one that fails does not keep the others from ending
+                for live in self._live.values():
+                    why = Draining("the worker shut down before the answer was done")
+                    endings.callback(self._end, live, why)
 
     def _accept(self, request: GenerationRequest, deadline_s: float | None) -> _Live:
         if self._is_draining:
@@ -195,8 +197,6 @@ class Engine:
 
     def _end(self, live: _Live, outcome: FinishReason | Exception) -> None:
         sequence, request = live.sequence, live.sequence.request
-        assert sequence.state is not SequenceState.ENDED
-        self._scheduler.end(sequence)
         del self._live[request.request_id]
         if not self._live:
             self._idle.set()
@@ -216,6 +216,7 @@ class Engine:
             sequence.num_answer_tokens,
             _now_s() - live.started_s,
         )
+        self._scheduler.end(sequence)
 
     async def _step(self, slices: list[Slice[KVHandle]]) -> None:
         try:

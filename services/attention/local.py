@@ -1,16 +1,12 @@
 """The routed experts in this process: the same engine without router, replicas or gRPC."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable
 
 import torch
 from torch import Tensor
 
-from model1.kv_pool import KVPool
 from model1.moe import ExpertBank, ExpertCall, local_sum
-from model1.trunk import Trunk
-from services.attention.engine import Engine, EngineConfig
 
 
 class LocalExperts:
@@ -25,17 +21,3 @@ class LocalExperts:
         with torch.inference_mode():
             answer.set_result(local_sum(self._bank, call))
         return answer
-
-
-@asynccontextmanager
-async def local_engine(
-    trunk: Trunk, bank: ExpertBank, pool: KVPool, config: EngineConfig
-) -> AsyncIterator[Engine]:
-    """A running engine with all experts in this process; leaving the block closes it."""
-    engine = Engine(trunk, pool, LocalExperts(bank), config)
-    running = asyncio.create_task(engine.run(), name="local engine")
-    try:
-        yield engine
-    finally:
-        engine.close()
-        await running

@@ -4,6 +4,7 @@ Knows the wire and the engine's surface; nothing of what a step is.
 """
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -18,6 +19,8 @@ from services.attention.engine import Engine, EngineConfig
 from services.attention.runner import Experts
 from services.errors import ending_with_status
 from services.generation import FINISH_REASON_TO_WIRE, request_from_wire
+
+log = logging.getLogger(__name__)
 
 # After the engine has ended every request, its handlers only have a last message to hand over.
 HANDLERS_GRACE_S = 1.0
@@ -138,7 +141,8 @@ class AttentionWorker:
         server = await rpc.start_server(
             [rpc.Service("model1.v1.Attention", register)], config.address
         )
-        return cls(engine, asyncio.create_task(engine.run(), name=f"engine {config.name}"), server)
+        running = asyncio.create_task(_run(engine, server, config.name), name=config.name)
+        return cls(engine, running, server)
 
     async def stop(self, grace_s: float) -> None:
         """Stop admitting, finish until `grace_s`, abort the rest, close."""
@@ -147,6 +151,15 @@ class AttentionWorker:
         await self._server.stop(HANDLERS_GRACE_S)
         self.engine.close()
         await self._running
+
+
+async def _run(engine: Engine, server: rpc.RunningServer, name: str) -> None:
+    """The engine's life. It fails by a bug only: then every request has ended, and health tells."""
+    try:
+        await engine.run()
+    except Exception:
+        log.exception("engine_failed worker=%s", name)
+        await server.set_serving(False)
 
 
 def _deadline_s(context: GenerateContext) -> float | None:

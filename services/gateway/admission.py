@@ -12,6 +12,9 @@ from model1.errors import InvalidRequest
 from model1.tokenizer import Tokenizer
 from services.generation import GenerationRequest, check_token_ids
 
+# No special token has a longer text; <｜begin▁of▁sentence｜> has 29 bytes.
+LONGEST_SPECIAL_BYTES = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedSampling:
@@ -58,11 +61,13 @@ class Admission:
     def __init__(self, tokenizer: Tokenizer, limits: ModelLimits) -> None:
         self.tokenizer = tokenizer
         self.limits = limits
+        longest = max(len(tokenizer.token_bytes(token)) for token in range(limits.vocab_size))
+        self._max_text_bytes = limits.max_context_length * max(longest, LONGEST_SPECIAL_BYTES)
 
     def admit(self, asked: AskedRequest) -> GenerationRequest:
         """Raises InvalidRequest with a message that names the value and its bound."""
         limits = self.limits
-        token_ids = self._prompt_token_ids(asked.prompt)
+        token_ids = self._encoded(asked.prompt)
         room = limits.max_context_length - len(token_ids)
         if room < 0:
             raise InvalidRequest(
@@ -74,6 +79,7 @@ class Admission:
                 f"the prompt has {len(token_ids)} tokens and fills the context of "
                 f"{limits.max_context_length} tokens: there is no room for an answer"
             )
+        check_token_ids(token_ids, limits.vocab_size, "the prompt")
         max_tokens = asked.stopping.max_tokens
         if max_tokens is None:
             max_tokens = min(limits.default_max_tokens, room)
@@ -97,12 +103,17 @@ class Admission:
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
         )
 
-    def _prompt_token_ids(self, prompt: str | tuple[int, ...] | None) -> tuple[int, ...]:
+    def _encoded(self, prompt: str | tuple[int, ...] | None) -> tuple[int, ...]:
         if prompt is None:
             raise InvalidRequest("the request has no prompt: set text or token_ids")
         if not prompt:
             raise InvalidRequest("the prompt is empty")
-        if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt))
-        check_token_ids(prompt, self.limits.vocab_size, "the prompt")
-        return prompt
+        if not isinstance(prompt, str):
+            return prompt
+        if len(prompt) > self._max_text_bytes:
+            # Encoding megabytes would hold up every other request before it is refused.
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} characters, more than a context of "
+                f"{self.limits.max_context_length} tokens can hold"
+            )
+        return tuple(self.tokenizer.encode(prompt))

@@ -8,7 +8,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from model1.kv_pool import KVPool
+from model1.kv_pool import KVHandle, KVPool
 from protos import attention_pb2, attention_pb2_grpc, inference_pb2
 from services import rpc
 from services.attention.engine import EngineConfig
@@ -186,3 +186,28 @@ async def test_the_worker_reports_its_health(worker: AttentionWorker) -> None:
         health = health_pb2_grpc.HealthStub(channel)
         answer = await health.Check(health_pb2.HealthCheckRequest(service="model1.v1.Attention"))
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+class LeakyPool(KVPool):
+    """A pool with a bug: it cannot take anything back."""
+
+    def free(self, handle: KVHandle) -> None:
+        raise RuntimeError("boom")
+
+
+async def test_a_bug_in_the_loop_ends_every_request_and_shows_in_health() -> None:
+    model, pool = tiny_model.model(), LeakyPool(tiny_model.CONFIG, tiny_model.pool().capacity)
+    limits = SchedulerLimits(max_batch_tokens=16, max_sequences=2)
+    config = AttentionWorkerConfig(name="a", engine=EngineConfig(limits=limits))
+    worker = await AttentionWorker.open(model.trunk, pool, LocalExperts(model.experts), config)
+    async with rpc.channel(worker.address) as channel:
+        stub = attention_pb2_grpc.AttentionStub(channel)
+        calls = [stub.Generate(request(name, max_tokens=370)) for name in ("a", "b", "c")]
+        for call in calls:
+            await accepted(call)
+        calls[0].cancel()
+        for call in calls[1:]:
+            assert (await failure(call)).code() is grpc.StatusCode.UNAVAILABLE
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    await worker.stop(grace_s=0)

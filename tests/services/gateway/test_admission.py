@@ -69,6 +69,14 @@ def test_what_is_asked_is_kept(admission: Admission) -> None:
             "token id 272 in the prompt is outside the vocabulary of 272 tokens",
         ),
         (
+            AskedRequest(prompt="a" * 2049),
+            "the prompt has 2049 characters, more than a context of 32 tokens can hold",
+        ),
+        (
+            AskedRequest(prompt="a" * 2048),
+            "the prompt has 2049 tokens, the context is 32 tokens",
+        ),
+        (
             AskedRequest(prompt=tiny_model.prompt(33)),
             "the prompt has 33 tokens, the context is 32 tokens",
         ),
