@@ -145,7 +145,7 @@ class Engine:
                 slices = self._scheduler.schedule()
                 if slices:
                     await self._step(slices)
-                    # Experts in this process never suspend: let the servers have their turn.
+                    # At least one turn for the loop's servers, even when no crossing had to wait.
                     await asyncio.sleep(0)
                 else:
                     await self._wake.wait()
