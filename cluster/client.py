@@ -105,15 +105,26 @@ class Client:
 async def connected(endpoint: str) -> AsyncIterator[Client]:
     """Raises `Unreachable` if no server answers within a few seconds."""
     async with rpc.channel(endpoint) as channel:
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
-                await channel.channel_ready()
-        except TimeoutError:
+        if not await _connects(channel):
             raise Unreachable(
                 f"no gateway answers at {endpoint}; start one with `model1 serve`, or name "
                 "another with --endpoint HOST:PORT"
-            ) from None
+            )
         yield Client(channel, endpoint)
+
+
+async def _connects(channel: grpc.aio.Channel) -> bool:
+    """False at once where the connection is refused, rather than after gRPC's retries."""
+    down = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+            while (state := channel.get_state(try_to_connect=True)) not in down:
+                if state is grpc.ChannelConnectivity.READY:
+                    return True
+                await channel.wait_for_state_change(state)
+    except TimeoutError:
+        pass
+    return False
 
 
 def _to_wire(question: Question) -> inference_pb2.GenerateRequest:

@@ -13,10 +13,7 @@ from cluster.preflight import checked_model, model_directory
 
 async def ask_here(settings: Settings, question: Question) -> AsyncIterator[Piece | End]:
     """Pieces, then one End, as `Client.ask`. Raises a `ModelError`."""
-    from model1.kv_pool import PoolCapacity
     from model1.tokenizer import Tokenizer
-    from services.attention.engine import EngineConfig
-    from services.attention.loading import load_local_engine
     from services.gateway.admission import (
         Admission,
         AskedRequest,
@@ -44,6 +41,11 @@ async def ask_here(settings: Settings, question: Question) -> AsyncIterator[Piec
             stopping=AskedStopping(max_tokens=question.max_tokens),
         )
     )
+    # Only now, so that a bad request is told without waiting for torch.
+    from model1.kv_pool import PoolCapacity
+    from services.attention.engine import EngineConfig
+    from services.attention.loading import load_local_engine
+
     engine = load_local_engine(
         directory,
         dtype=settings.model.dtype,

@@ -121,6 +121,8 @@ def _prepare_environment() -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray would hide the GPUs from actors that reserve none; ours share what there is.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray's default is 15: serving would yield to anything else that runs on the machine.
+        "RAY_worker_niceness": "0",
         # Two compute threads collapse when anything else runs on a small machine.
         "OMP_NUM_THREADS": "1",
     }.items():

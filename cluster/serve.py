@@ -2,6 +2,9 @@
 
 import asyncio
 import signal
+import sys
+from contextlib import redirect_stdout
+from typing import TextIO
 
 from cluster.config import Settings
 from cluster.deployment import Site, deployed, prepared
@@ -10,15 +13,17 @@ from cluster.supervisor import DeploymentError
 
 def serve(settings: Settings) -> None:
     """Returns after a drain on SIGTERM or SIGINT; a second signal cuts the drain short."""
-    with prepared(settings) as site:
-        asyncio.run(_serve(site))
+    stdout = sys.stdout
+    # Ray reports the death of a worker on stdout, which is for the one line that scripts wait for.
+    with redirect_stdout(sys.stderr), prepared(settings) as site:
+        asyncio.run(_serve(site, stdout))
 
 
-async def _serve(site: Site) -> None:
+async def _serve(site: Site, stdout: TextIO) -> None:
     cancel_on_signals()
     try:
         async with deployed(site) as deployment:
-            print(f"ready grpc={deployment.endpoint}", flush=True)
+            print(f"ready grpc={deployment.endpoint}", file=stdout, flush=True)
             why = await deployment.supervisor.watch()
             raise DeploymentError(f"the deployment cannot serve any more: {why}")
     except asyncio.CancelledError:

@@ -1,0 +1,85 @@
+"""Settings: which source wins, and what a wrong key or value is told."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from cluster.config import Settings, SettingsError, known_keys, load_settings
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "model1.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_without_any_source_everything_has_a_default() -> None:
+    assert load_settings(environment={}) == Settings()
+
+
+def test_the_environment_overrides_the_file_and_flags_override_both(tmp_path: Path) -> None:
+    file = write(tmp_path, "topology: {attention_workers: 2, expert_groups: 2, expert_replicas: 2}")
+    environment = {"MODEL1_TOPOLOGY__EXPERT_GROUPS": "3", "MODEL1_TOPOLOGY__EXPERT_REPLICAS": "3"}
+    settings = load_settings(file, environment=environment, flags={"topology.expert_replicas": "4"})
+    wanted = settings.topology
+    assert (wanted.attention_workers, wanted.expert_groups, wanted.expert_replicas) == (2, 3, 4)
+
+
+def test_a_default_of_the_verb_gives_way_to_every_source(tmp_path: Path) -> None:
+    defaults = {"gateway.port": 0}
+    assert load_settings(environment={}, defaults=defaults).gateway.port == 0
+    file = write(tmp_path, "gateway: {port: 7000}")
+    assert load_settings(file, environment={}, defaults=defaults).gateway.port == 7000
+
+
+@pytest.mark.parametrize("key", sorted(known_keys()))
+def test_every_key_can_be_set_by_its_environment_variable(key: str) -> None:
+    values = {"dtype": "bfloat16", "device": "cuda"}
+    value = values.get(key.rpartition(".")[2], "64")
+    settings = load_settings(environment={known_keys()[key]: value}).model_dump(mode="json")
+    section, _, name = key.partition(".")
+    assert str(settings[section][name]).removesuffix(".0") == value
+
+
+def test_an_empty_environment_variable_sets_nothing() -> None:
+    assert load_settings(environment={"MODEL1_GATEWAY__PORT": ""}).gateway.port == 50051
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("topology: {expert_group: 2}", "'topology.expert_group'.*'topology.expert_groups'"),
+        ("topolgy: {expert_groups: 2}", "'topolgy'.*'topology'"),
+        ("topology: {expert_groups: 0}", "topology.expert_groups = 0"),
+        ("topology: 3", "'topology' is a section"),
+        ("gateway: {port: 70000}", "gateway.port = 70000.*65535"),
+        ("model: {dtype: float8}", "model.dtype = 'float8'.*'float32' or 'bfloat16'"),
+        ("attention: {max_sequences: 9, max_batch_tokens: 8}", "max_sequences 9 .* 8"),
+        ("- 3", "expected sections"),
+        ("topology: {", "is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_told_what_and_where(tmp_path: Path, text: str, message: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_settings(file, environment={})
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_message_names_the_variable_or_the_flag_that_is_wrong() -> None:
+    with pytest.raises(SettingsError, match=r"MODEL1_GATEWAY__PRT.*'gateway\.port'"):
+        load_settings(environment={"MODEL1_GATEWAY__PRT": "1"})
+    with pytest.raises(SettingsError, match=r"--expert-groups: .* = 'two'"):
+        load_settings(environment={}, flags={"topology.expert_groups": "two"})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"gone\.yaml: No such file"):
+        load_settings(tmp_path / "gone.yaml", environment={})
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValidationError):
+        Settings().gateway.port = 1  # type: ignore[misc]

@@ -1,0 +1,64 @@
+"""The command line up to where real work begins: usage, exit codes, one line of help on stderr."""
+
+import pytest
+
+from cluster.main import main
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """The exit code and what stderr says, in one line."""
+    try:
+        code = main(arguments)
+    except SystemExit as exit_of_argparse:
+        assert isinstance(exit_of_argparse.code, int)
+        code = exit_of_argparse.code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    return code, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        (("serve", "--expert-groups", "0"), "'0'"),
+        (("serve", "--expert-groups", "five"), "'five'"),
+        (("serve", "--port", "70000"), "'70000'"),
+        (("serve", "--dtype", "float8"), "'float8'"),
+        (("serve", "--config", "/nowhere.yaml"), "/nowhere.yaml"),
+        (("generate",), "TEXT"),
+        (("generate", "x", "--token-ids", "1"), "--token-ids"),
+        (("generate", "x", "--temperature", "-1"), "-1"),
+        (("generate", "x", "--temperature", "nan"), "nan"),
+        (("generate", "x", "--top-p", "1.5"), "1.5"),
+        (("generate", "x", "--seed", "-3"), "-3"),
+        (("generate", "x", "--max-tokens", "0"), "0"),
+        (("generate", "--token-ids", "1,two"), "'1,two'"),
+        (("generate", "--token-ids", "1,-2"), "-2"),
+        (("generate", "x", "--endpoint", "nowhere"), "'nowhere'"),
+        (("frobnicate",), "'frobnicate'"),
+        ((), "VERB"),
+    ],
+)
+def test_a_wrong_flag_is_a_usage_error_that_names_the_value(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], value: str
+) -> None:
+    code, err = told(capsys, *arguments)
+    assert code == 2
+    assert value in err
+
+
+def test_a_wrong_environment_variable_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL1_GATEWAY__PRT", "1")
+    code, err = told(capsys, "serve")
+    assert code == 2
+    assert "MODEL1_GATEWAY__PRT" in err
+
+
+@pytest.mark.parametrize("verb", ["", "demo", "serve", "generate", "status", "train"])
+def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([*verb.split(), "--help"])
+    assert len(capsys.readouterr().out.splitlines()) <= 24

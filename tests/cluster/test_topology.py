@@ -1,0 +1,83 @@
+"""From wanted numbers to a list of actors."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.config import TopologySettings
+from cluster.topology import Role, TopologyError, plan_topology, split_experts
+
+
+def wanted(workers: int, groups: int, replicas: int) -> TopologySettings:
+    return TopologySettings(
+        attention_workers=workers, expert_groups=groups, expert_replicas=replicas
+    )
+
+
+def test_the_smallest_deployment_has_one_of_each() -> None:
+    topology = plan_topology(wanted(1, 1, 1), num_experts=8)
+    names = [actor.name for actor in topology.actors]
+    assert names == ["gateway-0", "attention-0", "router-0", "expert-0-0"]
+
+
+def test_experts_are_split_into_contiguous_groups_of_nearly_equal_size() -> None:
+    assert split_experts(8, 2) == (range(4), range(4, 8))
+    assert split_experts(8, 3) == (range(3), range(3, 6), range(6, 8))
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_every_expert_is_in_exactly_one_group(num_experts: int, num_groups: int) -> None:
+    if num_groups > num_experts:
+        with pytest.raises(TopologyError, match=f"{num_groups} .* {num_experts} experts"):
+            split_experts(num_experts, num_groups)
+        return
+    groups = split_experts(num_experts, num_groups)
+    assert [expert for group in groups for expert in group] == list(range(num_experts))
+    lengths = {len(group) for group in groups}
+    assert max(lengths) - min(lengths) <= 1
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(1, 6))
+def test_each_worker_has_a_router_on_its_node_and_each_group_all_its_replicas(
+    workers: int, groups: int, replicas: int, num_nodes: int
+) -> None:
+    topology = plan_topology(wanted(workers, groups, replicas), num_experts=4, num_nodes=num_nodes)
+    assert len({actor.name for actor in topology.actors}) == len(topology.actors)
+    assert all(0 <= actor.node < num_nodes for actor in topology.actors)
+    routers = topology.of_role(Role.ROUTER)
+    attention = topology.of_role(Role.ATTENTION)
+    assert len(attention) == workers
+    assert {router.node for router in routers} == {worker.node for worker in attention}
+    assert len(routers) == len({router.node for router in routers})
+    assert all(topology.router_of(worker).node == worker.node for worker in attention)
+    experts = topology.of_role(Role.EXPERT)
+    assert len(experts) == groups * replicas
+    for group in range(groups):
+        assert sum(expert.group == group for expert in experts) == replicas
+
+
+def test_experts_go_to_the_nodes_that_have_no_attention_worker_first() -> None:
+    topology = plan_topology(wanted(1, 2, 1), num_experts=8, num_nodes=3)
+    assert [expert.node for expert in topology.of_role(Role.EXPERT)] == [1, 2]
+
+
+def test_a_deployment_serves_while_every_role_has_someone_left() -> None:
+    topology = plan_topology(wanted(2, 2, 2), num_experts=8, num_nodes=2)
+    everybody = frozenset(actor.name for actor in topology.actors)
+    assert topology.missing(everybody) is None
+    assert topology.missing(everybody - {"expert-0-0", "expert-1-1", "attention-0"}) is None
+
+
+@pytest.mark.parametrize(
+    ("dead", "message"),
+    [
+        ({"gateway-0"}, "no gateway"),
+        ({"attention-0", "attention-1"}, "no attention worker"),
+        ({"attention-0", "router-1"}, "no attention worker with a router"),
+        ({"expert-1-0", "expert-1-1"}, "expert group 1"),
+    ],
+)
+def test_a_role_without_anyone_left_is_named(dead: set[str], message: str) -> None:
+    topology = plan_topology(wanted(2, 2, 2), num_experts=8, num_nodes=2)
+    alive = frozenset(actor.name for actor in topology.actors) - dead
+    assert message in (topology.missing(alive) or "")
