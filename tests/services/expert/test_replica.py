@@ -1,0 +1,87 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from services.errors import ModelMismatch
+from services.expert.replica import ExpertReplica
+from services.wire import ExpertRows
+from tests.services.expert_banks import HIDDEN_SIZE, seeded_bank
+
+
+def _call(
+    *,
+    layer: int = 0,
+    expert_ids: tuple[int, ...] = (2, 3, 2),
+    hidden_size: int = HIDDEN_SIZE,
+    dtype: type = np.float32,
+) -> ExpertRows:
+    rows = np.random.default_rng(0).standard_normal((2, hidden_size), dtype=np.float32)
+    rows.flags.writeable = False  # as what arrives
+    return ExpertRows(
+        layer=layer,
+        rows=rows.astype(dtype),
+        row_index=np.array([0, 0, 1], dtype=np.int32)[: len(expert_ids)],
+        expert_ids=np.array(expert_ids, dtype=np.int32),
+        weights=np.array([0.5, 0.25, 1.0], dtype=np.float32)[: len(expert_ids)],
+    )
+
+
+def test_a_replica_computes_what_the_bank_computes() -> None:
+    bank = seeded_bank([2, 3])
+    call = _call(layer=1)
+    with torch.inference_mode():
+        expected = bank(
+            1,
+            torch.tensor(call.rows),
+            torch.tensor(call.row_index).long(),
+            torch.tensor(call.expert_ids).long(),
+            torch.tensor(call.weights),
+        )
+    got = ExpertReplica("r", bank).compute(call)
+    np.testing.assert_array_equal(got, expected.numpy(), strict=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_output_depends_neither_on_its_company_nor_on_who_else_is_held(
+    dtype: torch.dtype,
+) -> None:
+    words = np.float32 if dtype == torch.float32 else np.uint16
+    together = ExpertReplica("all", seeded_bank(range(8), dtype)).compute(_call(dtype=words))
+    alone = ExpertReplica("one", seeded_bank([2], dtype)).compute(
+        _call(expert_ids=(2,), dtype=words)
+    )
+    np.testing.assert_array_equal(alone[0], together[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (_call(layer=3), "layer 3: the model of replica r has 3 layers"),
+        (_call(expert_ids=(2, 5)), "expert 5 is not held by replica r"),
+        (_call(expert_ids=(2, 8)), "expert 8 is not held"),
+        (_call(expert_ids=(-1,)), "expert -1 is not held"),
+        (_call(hidden_size=32), "rows of hidden size 32: replica r has 64"),
+        (_call(dtype=np.uint16), "rows of 16 bits: replica r computes in torch.float32"),
+    ],
+)
+def test_a_call_for_another_model_is_refused_with_the_value(call: ExpertRows, words: str) -> None:
+    replica = ExpertReplica("r", seeded_bank([2, 3]))
+    with pytest.raises(ModelMismatch, match=re.escape(words)):
+        replica.compute(call)
+    assert replica.counters.calls == 0
+
+
+def test_no_pairs_are_no_rows() -> None:
+    got = ExpertReplica("r", seeded_bank([2])).compute(_call(expert_ids=()))
+    assert got.shape == (0, HIDDEN_SIZE)
+
+
+def test_counters_count_calls_rows_pairs_and_time() -> None:
+    replica = ExpertReplica("r", seeded_bank([2, 3]))
+    replica.compute(_call())
+    replica.compute(_call())
+    counters = replica.counters
+    assert (counters.calls, counters.rows, counters.pairs) == (2, 4, 6)
+    assert counters.busy_seconds > 0

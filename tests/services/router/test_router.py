@@ -1,0 +1,203 @@
+"""The router against real replicas: loss, refusal, wrong answers, tables that change under way."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from protos import expert_pb2, router_pb2, router_pb2_grpc, tensor_pb2
+from services import rpc
+from services.errors import ExpertsUnavailable
+from tests.services.dispatch_plane import (
+    DispatchPlane,
+    ScriptedExpert,
+    dispatch_plane,
+    start_replica,
+    table_of,
+    until,
+)
+from tests.services.expert_banks import random_call
+
+ROOT = Path(__file__).parents[3]
+EVERY_EXPERT = [list(range(8))]
+
+
+async def _assert_exact(plane: DispatchPlane, seed: int = 0) -> None:
+    call = random_call(5, seed=seed)
+    assert torch.equal(await (await plane.experts.submit(call)), plane.expected(call))
+
+
+@pytest.fixture
+def replica_process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    address = f"unix:{tmp_path}/process.sock"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.services.expert_process", address, "0", "8"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline().strip() == address
+    yield process, address
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+async def test_calls_under_way_on_a_killed_replica_go_to_another(
+    tmp_path: Path, replica_process: tuple[subprocess.Popen[str], str]
+) -> None:
+    process, address = replica_process
+    async with dispatch_plane(tmp_path, num_groups=1) as plane:
+        (survivor,) = plane.servers
+        await plane.router.update(table_of(2, EVERY_EXPERT, [[address, survivor]]))
+        link = next(link for link in plane.router.links if link.address == address)
+        os.kill(process.pid, signal.SIGSTOP)  # so that it dies with calls under way
+        calls = [random_call(4, layer=seed % 3, seed=seed) for seed in range(6)]
+        pending = [await plane.experts.submit(call) for call in calls]
+        await until(lambda: link.outstanding_pairs > 0)
+        os.kill(process.pid, signal.SIGKILL)
+        async with asyncio.timeout(5.0):
+            sums = await asyncio.gather(*pending)
+        for call, got in zip(calls, sums, strict=True):
+            assert torch.equal(got, plane.expected(call))
+        assert plane.router.counters.resent_parts >= 1
+        assert plane.router.counters.failed_calls == 0
+        assert (link.connected, link.breaks, link.outstanding_pairs) == (False, 1, 0)
+
+
+async def test_the_last_replica_lost_fails_the_call_and_names_its_group(tmp_path: Path) -> None:
+    async with dispatch_plane(tmp_path, num_groups=2) as plane:
+        await _assert_exact(plane)
+        lost = next(iter(plane.servers))
+        await plane.servers[lost].stop(grace_seconds=0.0)
+        with pytest.raises(ExpertsUnavailable, match=f"group of experts 0-3 on {lost}"):
+            await _assert_exact(plane)
+        # It comes back at its address: the router finds it by itself.
+        _, server = await start_replica(lost, range(4))
+        async with asyncio.timeout(5.0), server:
+            await asyncio.gather(*(link.wait_connected() for link in plane.router.links))
+            await _assert_exact(plane)
+
+
+async def test_draining_a_replica_loses_no_call(tmp_path: Path) -> None:
+    async with dispatch_plane(tmp_path, replicas_per_group=2) as plane:
+        stopped = asyncio.Event()
+
+        async def cross() -> int:
+            num_crossings = 0
+            while not stopped.is_set() or num_crossings < 5:
+                await _assert_exact(plane, seed=num_crossings)
+                num_crossings += 1
+            return num_crossings
+
+        async with asyncio.timeout(10.0), asyncio.TaskGroup() as tasks:
+            for _ in range(4):
+                tasks.create_task(cross())
+            await asyncio.sleep(0.05)
+            await next(iter(plane.servers.values())).stop()
+            stopped.set()
+        assert plane.router.counters.failed_calls == 0
+
+
+def _short(message: expert_pb2.ExpertRows) -> expert_pb2.ExpertOutputs:
+    return expert_pb2.ExpertOutputs(call_id=message.call_id, pair_rows=b"123")
+
+
+def _refusal(message: expert_pb2.ExpertRows) -> expert_pb2.ExpertOutputs:
+    full = tensor_pb2.CallError(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message="full")
+    return expert_pb2.ExpertOutputs(call_id=message.call_id, error=full)
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"), [(_short, "answered wrongly: pair_rows"), (_refusal, "full")]
+)
+async def test_a_wrong_answer_or_a_refusal_sends_the_rows_elsewhere(
+    tmp_path: Path, reply: type, reason: str
+) -> None:
+    scripted = ScriptedExpert(reply)
+    async with (
+        dispatch_plane(tmp_path, num_groups=1) as plane,
+        scripted.serving(f"unix:{tmp_path}/bad.sock") as bad,
+    ):
+        await _assert_exact(plane)  # now the good one has had more pairs: the other goes first
+        good = next(iter(plane.servers))
+        await plane.router.update(table_of(2, EVERY_EXPERT, [[bad, good]]))
+        await _assert_exact(plane)
+        assert (scripted.num_calls, plane.router.counters.resent_parts) == (1, 1)
+        await plane.router.update(table_of(3, EVERY_EXPERT, [[bad]]))
+        with pytest.raises(ExpertsUnavailable, match=f"{bad}.*{reason}"):
+            await _assert_exact(plane)
+
+
+async def test_replicas_of_a_group_share_the_load(tmp_path: Path) -> None:
+    async with dispatch_plane(tmp_path, num_groups=1, replicas_per_group=2) as plane:
+        for seed in range(10):
+            await _assert_exact(plane, seed)
+        assert sorted(link.calls for link in plane.router.links) == [5, 5]
+
+
+async def test_a_new_table_takes_new_calls_while_old_ones_finish_where_they_are(
+    tmp_path: Path,
+) -> None:
+    async with dispatch_plane(tmp_path, num_groups=1) as plane:
+        (old,) = plane.servers
+        (old_link,) = plane.router.links
+        new = f"unix:{tmp_path}/new.sock"
+        _, new_server = await start_replica(new, range(8))
+        async with new_server:
+            first_call, second_call = random_call(4, seed=1), random_call(4, seed=2)
+            first = await plane.experts.submit(first_call)
+            missing = await plane.router.update(table_of(2, EVERY_EXPERT, [[new]]))
+            assert missing == ()
+            second = await plane.experts.submit(second_call)
+            assert torch.equal(await first, plane.expected(first_call))
+            assert torch.equal(await second, plane.expected(second_call))
+            assert [link.address for link in plane.router.links] == [new]
+            assert plane.replicas[old].counters.calls == 1
+            await until(lambda: old_link.closed)
+
+
+async def test_an_epoch_that_is_not_newer_is_refused(tmp_path: Path) -> None:
+    async with dispatch_plane(tmp_path) as plane:
+        with pytest.raises(ValueError, match="epoch 1 is not above epoch 1 in use"):
+            await plane.router.update(plane.router.table)
+
+
+async def test_an_update_reports_replicas_that_do_not_answer_and_serves_the_rest(
+    tmp_path: Path,
+) -> None:
+    async with dispatch_plane(tmp_path, num_groups=1) as plane:
+        absent = f"unix:{tmp_path}/absent.sock"
+        (present,) = plane.servers
+        missing = await plane.router.update(
+            table_of(2, EVERY_EXPERT, [[absent, present]]), connect_timeout_seconds=0.05
+        )
+        assert missing == (absent,)
+        await _assert_exact(plane)
+
+
+async def test_stats_report_table_load_and_replicas(tmp_path: Path) -> None:
+    async with dispatch_plane(tmp_path, num_groups=2) as plane:
+        await _assert_exact(plane)
+        async with rpc.channel(plane.router_server.address) as channel:
+            stats = await router_pb2_grpc.RouterStub(channel).Stats(router_pb2.RouterStatsRequest())
+        assert (stats.router, stats.epoch, stats.calls, stats.rows) == ("router-0", 1, 1, 5)
+        assert (stats.failed_calls, stats.resent_parts, stats.calls_under_way) == (0, 0, 0)
+        assert [replica.address for replica in stats.replicas] == sorted(plane.servers)
+        assert sum(replica.pairs for replica in stats.replicas) == 10
+        assert all(replica.connected for replica in stats.replicas)
+
+
+async def test_a_router_without_a_table_refuses_by_name(tmp_path: Path) -> None:
+    async with dispatch_plane(tmp_path) as plane:
+        await plane.router.update(table_of(2, EVERY_EXPERT, [[]]))
+        with pytest.raises(ExpertsUnavailable, match="group of experts 0-7 on -"):
+            await _assert_exact(plane)
