@@ -152,7 +152,7 @@ CASES = (
             "n_routed_experts": 8,
             "num_experts_per_tok": 3,
         },
-        (1, 5, 11, 129, 300),
+        (1, 5, 11, 129, 600),  # longer than one of our prefill chunks
     ),
 )
 

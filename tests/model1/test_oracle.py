@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model1 import Model
 from model1.batch import Chunk
-from model1.kv_pool import KVHandle, KVPool
+from model1.kv_pool import KVHandle, KVPool, PoolCapacity
 from tests.model1 import oracle
 from tests.model1.oracle import CASES, Case
 
@@ -76,11 +76,23 @@ def test_logits_equal_those_of_transformers(
     record_property("relative_difference", worst)
 
 
+@each_case
+def test_bfloat16_mostly_agrees_on_the_next_token(
+    case: Case, device: str, checkpoints: Checkpoints
+) -> None:
+    """Rounding flips choices of experts and entries, so logits cannot be compared closely."""
+    ids = oracle.token_ids(case, case.longest)
+    exact = Model.from_checkpoint(checkpoints(case), device=device).logits(ids)
+    rounded = Model.from_checkpoint(checkpoints(case), torch.bfloat16, device).logits(ids)
+    assert rounded.dtype == torch.float32
+    assert (rounded.argmax(dim=-1) == exact.argmax(dim=-1)).float().mean() >= 0.9
+
+
 def test_every_parameter_shows_in_the_logits(device: str, checkpoints: Checkpoints) -> None:
     """Otherwise agreement would prove nothing about it."""
     case = CASES[0]
     model = Model.from_checkpoint(checkpoints(case), device=device)
-    ids = oracle.token_ids(case, case.longest)
+    ids = oracle.token_ids(case, 140)  # one HCA window, 35 CSA entries to choose 3 from
     expected = model.logits(ids)
     for module in (model.trunk, model.experts):
         for name, tensor in module.state_dict().items():
@@ -114,9 +126,8 @@ def test_a_prompt_in_chunks_gives_the_same_bits_as_in_one_piece(
     whole = _in_pieces(model, ids, [len(ids)])
     ragged = random.Random(0)
     for sizes in (
-        itertools.repeat(64),
         itertools.repeat(127),
-        (ragged.choice((1, 2, 3, 5, 8, 31, 97)) for _ in itertools.count()),
+        (ragged.choice((1, 2, 3, 5, 31, 97, 128)) for _ in itertools.count()),
     ):
         _assert_same_bits(_in_pieces(model, ids, sizes), whole)
 
@@ -223,7 +234,12 @@ def _step(model: Model, pool: KVPool, chunks: Sequence[Chunk]) -> Tensor:
 @contextmanager
 def _sequences(model: Model, lengths: Sequence[int]) -> Iterator[tuple[KVPool, list[KVHandle]]]:
     """A pool with a handle a sequence; whole and empty again afterwards."""
-    pool = model.pool(sum(-(-n // 128) * 128 for n in lengths), len(lengths))
+    capacity = PoolCapacity(
+        max_sequences=len(lengths),
+        max_tokens=sum(-(-n // 128) * 128 for n in lengths),
+        max_step_tokens=sum(lengths),
+    )
+    pool = KVPool(model.config, capacity, model.trunk.dtype, model.trunk.embed.weight.device)
     handles = [pool.allocate(n) for n in lengths]
     yield pool, handles
     pool.check()
