@@ -1,0 +1,1 @@
+"""Training of the small shipped model: corpus, tokenizer, loop, evaluation."""
