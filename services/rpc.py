@@ -21,9 +21,6 @@ from grpc_reflection.v1alpha import reflection
 
 # One layer crossing of a 4,096-token chunk at hidden size 7,168 in float32 is 117 MB.
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
-# gRPC's read-ahead per stream is 64 KB by default: a larger message then waits for a window update,
-# a round trip in the middle of a layer crossing.
-STREAM_WINDOW_BYTES = 8 * 1024 * 1024
 KEEPALIVE_INTERVAL_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
 MAX_RECONNECT_BACKOFF_MS = 2_000
@@ -32,7 +29,6 @@ DEFAULT_GRACE_SECONDS = 5.0
 _SHARED_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
     ("grpc.keepalive_time_ms", KEEPALIVE_INTERVAL_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ("grpc.keepalive_permit_without_calls", 1),

@@ -104,11 +104,8 @@ def encode_expert_rows(
 
 def decode_expert_rows(message: expert_pb2.ExpertRows) -> ExpertRows:
     row_index = _array("row_index", message.row_index, _INDEX, message.num_pairs)
-    if len(row_index) and not 0 <= row_index.min() <= row_index.max() < message.num_rows:
-        raise MalformedCall(
-            f"row_index holds {row_index.min()}..{row_index.max()}, there are "
-            f"{message.num_rows} rows"
-        )
+    if (stray := first_outside(row_index, message.num_rows)) is not None:
+        raise MalformedCall(f"row_index holds {stray}, there are {message.num_rows} rows")
     return ExpertRows(
         layer=message.layer,
         rows=_words("rows", message.rows, message.dtype, message.num_rows, message.hidden_size),
@@ -161,6 +158,15 @@ _RAISED_FOR: dict[int, type[Exception]] = {
 
 def decode_error(error: tensor_pb2.CallError) -> Exception:
     return _RAISED_FOR.get(error.code, errors.InternalFailure)(error.message)
+
+
+def first_outside(indices: NDArray[np.int32], end: int) -> int | None:
+    """The first index that is not in [0, end)."""
+    # As unsigned, a negative index is a huge one: one pass for both bounds.
+    if not indices.size or indices.view(np.uint32).max() < end:
+        return None
+    strays = indices[(indices < 0) | (indices >= end)]
+    return int(strays[0])
 
 
 def widened(words: Words) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model1.moe import ExpertBank
 from services import errors
-from services.wire import BFLOAT16_WORD, FLOAT32_WORD, ExpertRows, Words
+from services.wire import BFLOAT16_WORD, FLOAT32_WORD, ExpertRows, Words, first_outside
 
 _WORD_OF = {torch.bfloat16: BFLOAT16_WORD, torch.float32: FLOAT32_WORD}
 
@@ -86,12 +86,11 @@ class ExpertReplica:
                 f"{self._dtype}"
             )
         ids = call.expert_ids
-        outside = (ids < 0) | (ids >= len(self._held))
-        foreign = outside | ~self._held[np.where(outside, 0, ids)]
-        if foreign.any():
-            raise errors.ModelMismatch(
-                f"expert {ids[foreign.argmax()]} is not held by replica {self.name}"
-            )
+        stranger = first_outside(ids, len(self._held))
+        if stranger is None and not self._held[ids].all():
+            stranger = int(ids[self._held[ids].argmin()])
+        if stranger is not None:
+            raise errors.ModelMismatch(f"expert {stranger} is not held by replica {self.name}")
 
     def _to_torch(self, array: NDArray[Any]) -> Tensor:
         # A copy, since what arrived is read-only memory, which torch does not know.

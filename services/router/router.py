@@ -20,7 +20,7 @@ from services import errors
 from services.router.pairs import added_in_order, gather
 from services.router.replica_link import ReplicaLink, ReplicaUnusable
 from services.router.routing import NoReplica, RoutingTable
-from services.wire import LayerRows, MalformedCall, Words
+from services.wire import LayerRows, MalformedCall, Words, first_outside
 
 log = logging.getLogger(__name__)
 
@@ -164,13 +164,10 @@ class Router:
                 f"router {self.name} has {self._max_crossings_under_way} layer crossings under way"
             )
         ids = call.expert_ids
-        if not ids.size:
-            return
-        lowest, highest = ids.min(), ids.max()
-        if lowest < 0 or highest >= self._table.num_experts:
+        if (stranger := first_outside(ids, self._table.num_experts)) is not None:
             raise errors.ModelMismatch(
-                f"expert {lowest if lowest < 0 else highest}: router {self.name} knows "
-                f"{self._table.num_experts} experts (epoch {self._table.epoch})"
+                f"expert {stranger}: router {self.name} knows {self._table.num_experts} experts "
+                f"(epoch {self._table.epoch})"
             )
         if (ids[:, 1:] < ids[:, :-1]).any():
             raise MalformedCall("expert_ids are not ascending in each row")
