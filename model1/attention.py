@@ -63,10 +63,11 @@ def attention(
     """`x [T, D] -> [T, D]`; writes the step's KV into `kv`."""
     eps = config.rms_norm_eps
     by = turns.main if kind is AttentionKind.SWA else turns.compress
-    q_latent = rms_norm(linear(x, weights.wq_a.weight), weights.q_norm.weight, eps)
+    q_latent, row = linear(x, weights.latents).split([config.q_lora_rank, config.head_dim], dim=-1)
+    q_latent = rms_norm(q_latent, weights.q_norm.weight, eps)
     q = linear(q_latent, weights.wq_b.weight).unflatten(-1, (-1, config.head_dim))  # [T, H, d]
     q = rotate_(rms_norm(q, None, eps), by)
-    row = rotate_(rms_norm(linear(x, weights.wkv.weight), weights.kv_norm.weight, eps), by)
+    row = rotate_(rms_norm(row, weights.kv_norm.weight, eps), by)
     kv.window.flatten(0, 1).index_copy_(0, batch.window_rows, row)
 
     index: IndexQueries | None = None
@@ -78,9 +79,7 @@ def attention(
         if any(tile.max_csa > config.index_topk for tile in batch.tiles):
             index = IndexQueries(x, q_latent, weights.indexer, by, config)
     elif kind is AttentionKind.HCA:
-        compress(
-            x, weights.compressor, batch.hca, kv.state, kv.entries, turns.hca_entries, eps
-        )
+        compress(x, weights.compressor, batch.hca, kv.state, kv.entries, turns.hca_entries, eps)
 
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     for tile in batch.tiles:
@@ -93,10 +92,9 @@ def attention(
         out[tile.start : tile.end] = _attend(queries, tiles, weights.attn_sink).flatten(0, 1)
 
     o = rotate_(out, by.inverse()).to(x.dtype)  # V carries the rotation too: turn back (trap T8)
-    o = o.flatten(1).unflatten(-1, (config.o_groups, -1)).transpose(0, 1)  # [G, T, H/G*d]
-    wo_a = weights.wo_a.weight.unflatten(0, (config.o_groups, -1))  # [G, o_rank, H/G*d]
-    z = bmm(o, wo_a.mT).transpose(0, 1).flatten(1)  # [T, G*o_rank]
-    return linear(z, weights.wo_b.weight)
+    groups = o.flatten(1).chunk(config.o_groups, dim=-1)  # [T, H/G*d] each
+    z = [linear(o_g, w) for o_g, w in zip(groups, weights.wo_a_of_group, strict=True)]
+    return linear(torch.cat(z, dim=-1), weights.wo_b.weight)
 
 
 def _attend(q: Tensor, tiles: list[_KeyTile], sink: Tensor) -> Tensor:
@@ -139,14 +137,11 @@ def _hca_tiles(tile: Tile, kv: LayerKV) -> list[_KeyTile]:
     ]
 
 
-def _csa_tiles(
-    tile: Tile, kv: LayerKV, index: IndexQueries | None, topk: int
-) -> list[_KeyTile]:
+def _csa_tiles(tile: Tile, kv: LayerKV, index: IndexQueries | None, topk: int) -> list[_KeyTile]:
     if tile.max_csa == 0:
         return []
-    per_block, d = kv.entries.shape[1:]
+    per_block = kv.entries.shape[1]
     flat = kv.entries.flatten(0, 1)
-    g, r = tile.num_csa.shape
     if tile.max_csa <= topk:  # every visible entry is chosen: the queries share their keys
         number = torch.arange(-(-tile.max_csa // ENTRY_TILE) * ENTRY_TILE, device=flat.device)
         block = tile.entry_blocks[:, number // per_block]

@@ -252,9 +252,7 @@ def _compression(
             old_rows.append(handle.slot * state_rows + old % state_rows)
             closing.append((slots, start, row, num_old - first))
             num_old += old.size
-            entry_rows.append(
-                handle.blocks[windows // per_block] * per_block + windows % per_block
-            )
+            entry_rows.append(handle.blocks[windows // per_block] * per_block + windows % per_block)
             entry_positions.append(windows * ratio)
         kept = np.arange(max(start, (end // ratio - windows_read + 1) * ratio), end)
         saved_tokens.append(row + kept - start)

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def compare(
     for end in range(CHUNK_TOKENS, total + 1, CHUNK_TOKENS):
         progress(f"prefill, {end} of {total} tokens")
         chunk = _tokens(CHUNK_TOKENS, draw)
-        pairs.append((_seconds(lambda c=chunk: a.prefill(c)), _seconds(lambda c=chunk: b.prefill(c))))
+        pairs.append((_seconds(partial(a.prefill, chunk)), _seconds(partial(b.prefill, chunk))))
         if end in (PREFILL_TOKENS, LONG_CONTEXT_TOKENS):
             sums = [sum(side) for side in zip(*pairs, strict=True)]
             case = f"prefill, {end} tokens in chunks of {CHUNK_TOKENS}"
@@ -201,8 +202,7 @@ def _decode(case: str, ours: _Ours, theirs: _Theirs, steps: int) -> Comparison:
     for side in (ours, theirs):
         side.decode(1)
     pairs = [
-        (_seconds(lambda: ours.decode(2)), _seconds(lambda: theirs.decode(2)))
-        for _ in range(steps)
+        (_seconds(lambda: ours.decode(2)), _seconds(lambda: theirs.decode(2))) for _ in range(steps)
     ]
     return Comparison(
         case,
@@ -226,7 +226,9 @@ def _load_theirs(directory: str) -> Any:
     try:
         from transformers import DeepseekV4ForCausalLM
     except ImportError as error:
-        raise ModelError("bench model compares with transformers: pip install transformers") from error
+        raise ModelError(
+            "bench model compares with transformers: pip install transformers"
+        ) from error
     return DeepseekV4ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
 
 

@@ -27,13 +27,14 @@ def compress(
     `x [T, D]`; `state [slots, rows, 2 * width]` float32 and `entries [blocks, n, d]` are updated
     in place; `entry_rotations` turns the C entries.
     """
-    x32 = x.float()
-    z = linear(x32, weights.wgate.weight) + weights.ape[plan.phase]
-    rows = torch.cat([linear(x32, weights.wkv.weight), z], dim=-1)  # [T, 2*width]
+    rows = linear(x.float(), weights.wkv_gate)  # [T, 2*width]
+    rows[:, weights.width :] += weights.ape[plan.phase]
     state = state.flatten(0, 1)
     if plan.num_entries:
         empty = torch.zeros_like(rows[:1])
-        empty[:, z.shape[1] :] = -torch.inf  # a window before the first: no weight in the softmax
+        empty[
+            :, weights.width :
+        ] = -torch.inf  # a window before the first: no weight in the softmax
         gathered = torch.cat([state[plan.old_rows], rows, empty])[plan.sources]
         c, z = _series(gathered, d=entries.shape[-1])  # [C, slots, d] each
         pooled = (z.softmax(dim=1) * c).sum(dim=1).to(entries.dtype)

@@ -74,7 +74,7 @@ class ModelConfig:
                 raise ConfigError(f"{field.name} must be positive, not {value}")
         if len(self.attention_kinds) != len(self.hash_routed):
             raise ConfigError(
-                f"{len(self.attention_kinds)} attention layers but {len(self.hash_routed)} MoE layers"
+                f"{len(self.attention_kinds)} attention layers, {len(self.hash_routed)} MoE layers"
             )
         if self.num_attention_heads % self.o_groups:
             raise ConfigError(

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model1.config import AttentionKind, ModelConfig
-from model1.modules import AttentionWeights, CompressorWeights, IndexerWeights
+from model1.modules import AttentionWeights, CompressorWeights, ExpertLayerWeights, IndexerWeights
 from model1.modules import FeedForwardWeights as FeedForward
-from model1.moe import ExpertBank, ExpertLayer
+from model1.moe import ExpertBank
 from model1.trunk import Block, Trunk
 
 
@@ -51,7 +51,7 @@ def forward(
     streams = streams.unsqueeze(1).repeat(1, config.hc_mult, 1)  # [T, n, D]
     indexer_losses, loads = [], []
     for block, experts in zip(trunk.layers, bank.layers, strict=True):
-        block, experts = cast(Block, block), cast(ExpertLayer, experts)
+        block, experts = cast(Block, block), cast(ExpertLayerWeights, experts)
         site = (block.hc_attn_fn, block.hc_attn_base, block.hc_attn_scale)
         pre, post, comb = _mix(streams, *cast(tuple[Tensor, Tensor, Tensor], site), config)
         x = _rms_norm(_read(streams, pre), block.attn_norm.weight, config)
@@ -263,7 +263,7 @@ def _compress(
 
 
 def _moe(
-    x: Tensor, token_ids: Tensor, w: FeedForward, experts: ExpertLayer, config: ModelConfig
+    x: Tensor, token_ids: Tensor, w: FeedForward, experts: ExpertLayerWeights, config: ModelConfig
 ) -> tuple[Tensor, Tensor]:
     """`x [T, D]` -> output `[T, D]`, load `[E]`."""
     scores = F.softplus(F.linear(x.float(), w.gate.weight)).sqrt()  # [T, E]
@@ -273,7 +273,7 @@ def _moe(
         chosen = biased.sort(dim=-1, descending=True, stable=True).indices
         chosen = chosen[:, : config.num_experts_per_tok]
     else:
-        chosen = cast(Tensor, w.gate.tid2eid)[token_ids]  # [T, k]
+        chosen = w.gate.tid2eid[token_ids]  # [T, k]
     weights = scores.gather(1, chosen)
     weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.routed_scaling_factor
 

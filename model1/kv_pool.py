@@ -226,7 +226,13 @@ class KVPool:
         held = list(self._held)
         for name, free, used, first, count in (
             ("slot", self._free_slots, [h.slot for h in held], 0, self._units.slots),
-            ("block", self._free_blocks, [b for h in held for b in h.blocks.tolist()], 1, self._units.blocks),
+            (
+                "block",
+                self._free_blocks,
+                [b for h in held for b in h.blocks.tolist()],
+                1,
+                self._units.blocks,
+            ),
             ("page", self._free_pages, [p for h in held for p in h.pages], 1, self._units.pages),
         ):
             ids = sorted(free + used)

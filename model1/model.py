@@ -12,6 +12,7 @@ from model1.checkpoint import load_config, load_experts, load_trunk
 from model1.config import ModelConfig
 from model1.errors import InvalidRequest
 from model1.kv_pool import KVPool, PoolCapacity
+from model1.modules import packed
 from model1.moe import ExpertBank
 from model1.sampling import SamplingParams, sample
 from model1.trunk import Trunk, run_local
@@ -40,7 +41,8 @@ class Model:
         config = load_config(path)
         every_expert = range(config.n_routed_experts)
         return cls(
-            load_trunk(path, dtype, device), load_experts(path, every_expert, dtype, device)
+            packed(load_trunk(path, dtype, device)),
+            packed(load_experts(path, every_expert, dtype, device)),
         )
 
     def pool(self, max_tokens: int, max_sequences: int = 1) -> KVPool:
@@ -79,7 +81,9 @@ class Model:
         Raises `InvalidRequest` as `logits` does, and for sampling parameters out of range.
         """
         params = SamplingParams(
-            temperature=temperature, top_p=top_p, seed=secrets.randbits(63) if seed is None else seed
+            temperature=temperature,
+            top_p=top_p,
+            seed=secrets.randbits(63) if seed is None else seed,
         )
         self._validate(token_ids, max_tokens)
         pool = self.pool(len(token_ids) + max_tokens)

@@ -1,35 +1,93 @@
-"""The parameters, under DeepSeek's own tensor names, and nothing that computes.
+"""The parameters, under DeepSeek's own tensor names, and how they lie in memory.
 
 `Trunk` and `ExpertBank` build on these. The dtype of each parameter is fixed here, once: what
 the reference computes in float32 is kept in float32 whatever the model's dtype (spec 2.10).
 """
 
+from collections.abc import Sequence
+from typing import Protocol, TypeVar, runtime_checkable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model1.config import AttentionKind, ModelConfig
+from model1.numerics import pack
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Weight(nn.Module):
     """A bare `weight` parameter, so that names read as in the checkpoint (`wq_a.weight`)."""
 
-    def __init__(self, *shape: int, dtype: torch.dtype, device: torch.device) -> None:
+    weight: Tensor
+
+    def __init__(self, tensor: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+        self.weight = nn.Parameter(tensor)
+
+
+class Matrix(Weight):
+    """A weight `[N, K]` that rows are multiplied by."""
+
+    def pack(self) -> None:
+        _replace(self, "weight", pack(self.weight))
+
+
+def _stack(
+    rows: Sequence[int], columns: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, list[Weight]]:
+    """One tensor `[sum(rows), columns]`, and the weights that are its parts, one under the other.
+
+    The parts are read and saved by their own names; the whole is what x is multiplied by, once.
+    NOTE: the whole shares the parts' memory, so fill parameters in place and do not move modules.
+    """
+    whole = torch.empty(sum(rows), columns, dtype=dtype, device=device)
+    return whole, [Weight(part) for part in whole.split(list(rows))]
+
+
+def _replace(module: nn.Module, parameter: str, matrix: Tensor | tuple[Tensor, ...]) -> None:
+    delattr(module, parameter)
+    setattr(module, parameter, matrix)
+
+
+def packed(module: Module) -> Module:
+    """`module` with every matrix packed for inference (`numerics.pack`).
+
+    The plain parameters are given up, so that memory is not needed twice: the module computes as
+    before, but can no longer be saved or trained.
+    """
+    for part in list(module.modules()):
+        if isinstance(part, Packable):
+            part.pack()
+    return module
+
+
+@runtime_checkable
+class Packable(Protocol):
+    """Parameters that know which of them are matrices."""
+
+    def pack(self) -> None: ...
 
 
 class CompressorWeights(nn.Module):
-    """`width` = d_c for HCA, 2 * d_c for CSA (two overlapping series). All float32."""
+    """`width` = d_c for HCA, 2 * d_c for CSA (two overlapping series). All float32.
+
+    `wkv_gate [2 * width, D]` is wkv over wgate.
+    """
 
     def __init__(
         self, hidden: int, head_dim: int, width: int, ratio: int, device: torch.device
     ) -> None:
         super().__init__()
         f32 = torch.float32
-        self.wkv = Weight(width, hidden, dtype=f32, device=device)
-        self.wgate = Weight(width, hidden, dtype=f32, device=device)
+        self.width = width
+        self.wkv_gate, (self.wkv, self.wgate) = _stack((width, width), hidden, f32, device)
         self.ape = nn.Parameter(torch.empty(ratio, width, dtype=f32, device=device))
-        self.norm = Weight(head_dim, dtype=f32, device=device)
+        self.norm = Weight(torch.empty(head_dim, dtype=f32, device=device))
+
+    def pack(self) -> None:
+        self.wkv_gate = pack(self.wkv_gate)
+        del self.wkv, self.wgate
 
 
 class IndexerWeights(nn.Module):
@@ -38,40 +96,60 @@ class IndexerWeights(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         heads, dim = config.index_n_heads, config.index_head_dim
-        self.wq_b = Weight(heads * dim, config.q_lora_rank, dtype=dtype, device=device)
-        self.weights_proj = Weight(heads, config.hidden_size, dtype=dtype, device=device)
+        self.wq_b = Matrix(torch.empty(heads * dim, config.q_lora_rank, dtype=dtype, device=device))
+        self.weights_proj = Matrix(
+            torch.empty(heads, config.hidden_size, dtype=dtype, device=device)
+        )
         self.compressor = CompressorWeights(
             config.hidden_size, dim, 2 * dim, config.csa_ratio, device
         )
 
 
 class AttentionWeights(nn.Module):
-    """One layer's attention; `compressor` and `indexer` exist only where the kind has them."""
+    """One layer's attention; `compressor` and `indexer` exist only where the kind has them.
+
+    `latents [q_lora + d, D]` is wq_a over wkv; `wo_a_of_group` are the blocks of wo_a.
+    """
 
     def __init__(
         self, config: ModelConfig, kind: AttentionKind, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
         hidden, heads, dim = config.hidden_size, config.num_attention_heads, config.head_dim
-        groups, rank = config.o_groups, config.o_lora_rank
-        f32 = torch.float32
-        self.wq_a = Weight(config.q_lora_rank, hidden, dtype=dtype, device=device)
-        self.q_norm = Weight(config.q_lora_rank, dtype=f32, device=device)
-        self.wq_b = Weight(heads * dim, config.q_lora_rank, dtype=dtype, device=device)
-        self.wkv = Weight(dim, hidden, dtype=dtype, device=device)
-        self.kv_norm = Weight(dim, dtype=f32, device=device)
-        self.attn_sink = nn.Parameter(torch.empty(heads, dtype=f32, device=device))
-        self.wo_a = Weight(groups * rank, heads * dim // groups, dtype=dtype, device=device)
-        self.wo_b = Weight(hidden, groups * rank, dtype=dtype, device=device)
+        groups, rank, q_rank = config.o_groups, config.o_lora_rank, config.q_lora_rank
+
+        def matrix(rows: int, columns: int) -> Matrix:
+            return Matrix(torch.empty(rows, columns, dtype=dtype, device=device))
+
+        def float32(size: int) -> Tensor:
+            return torch.empty(size, dtype=torch.float32, device=device)
+
+        self.latents, (self.wq_a, self.wkv) = _stack((q_rank, dim), hidden, dtype, device)
+        self.q_norm = Weight(float32(q_rank))
+        self.wq_b = matrix(heads * dim, q_rank)
+        self.kv_norm = Weight(float32(dim))
+        self.attn_sink = nn.Parameter(float32(heads))
+        self.wo_a = Weight(
+            torch.empty(groups * rank, heads * dim // groups, dtype=dtype, device=device)
+        )
+        self.wo_a_of_group = self.wo_a.weight.detach().split(rank)
+        self.wo_b = matrix(hidden, groups * rank)
         if kind is AttentionKind.CSA:
             self.compressor = CompressorWeights(hidden, dim, 2 * dim, config.csa_ratio, device)
             self.indexer = IndexerWeights(config, dtype, device)
         elif kind is AttentionKind.HCA:
             self.compressor = CompressorWeights(hidden, dim, dim, config.hca_ratio, device)
 
+    def pack(self) -> None:
+        self.latents = pack(self.latents)
+        self.wo_a_of_group = tuple(pack(block) for block in self.wo_a_of_group)
+        del self.wq_a, self.wkv, self.wo_a
+
 
 class GateWeights(nn.Module):
     """Router of one MoE layer: scores from `weight`, choice from `tid2eid` or by `bias`."""
+
+    tid2eid: Tensor
 
     def __init__(self, config: ModelConfig, hashed: bool, device: torch.device) -> None:
         super().__init__()
@@ -87,14 +165,38 @@ class GateWeights(nn.Module):
 
 
 class SharedExpertWeights(nn.Module):
-    """The expert that every token passes: w1 = gate, w3 = up, w2 = down."""
+    """The expert that every token passes: w1 = gate, w3 = up, w2 = down; `w13` is w1 over w3."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         hidden, width = config.hidden_size, config.moe_intermediate_size
-        self.w1 = Weight(width, hidden, dtype=dtype, device=device)
-        self.w3 = Weight(width, hidden, dtype=dtype, device=device)
-        self.w2 = Weight(hidden, width, dtype=dtype, device=device)
+        self.w13, (self.w1, self.w3) = _stack((width, width), hidden, dtype, device)
+        self.w2 = Matrix(torch.empty(hidden, width, dtype=dtype, device=device))
+
+    def pack(self) -> None:
+        self.w13 = pack(self.w13)
+        del self.w1, self.w3
+
+
+class ExpertLayerWeights(nn.Module):
+    """The held routed experts of one layer: `w13 [E, 2*I, D]` (gate rows, then up), `w2`."""
+
+    w13: Tensor | tuple[Tensor, ...]
+    w2: Tensor | tuple[Tensor, ...]
+
+    def __init__(
+        self, config: ModelConfig, num_held: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        self.w13 = nn.Parameter(
+            torch.empty(num_held, 2 * width, hidden, dtype=dtype, device=device)
+        )
+        self.w2 = nn.Parameter(torch.empty(num_held, hidden, width, dtype=dtype, device=device))
+
+    def pack(self) -> None:
+        _replace(self, "w13", tuple(pack(w) for w in self.w13))
+        _replace(self, "w2", tuple(pack(w) for w in self.w2))
 
 
 class FeedForwardWeights(nn.Module):

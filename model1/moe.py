@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model1.config import ModelConfig
-from model1.modules import GateWeights, SharedExpertWeights
+from model1.modules import ExpertLayerWeights, GateWeights, SharedExpertWeights
 from model1.numerics import linear, softplus, swiglu
 
 
@@ -29,7 +29,9 @@ class ExpertCall:
     weights: Tensor
 
 
-def route(x: Tensor, token_ids: Tensor, gate: GateWeights, config: ModelConfig) -> tuple[Tensor, Tensor]:
+def route(
+    x: Tensor, token_ids: Tensor, gate: GateWeights, config: ModelConfig
+) -> tuple[Tensor, Tensor]:
     """`x [T, D]` -> (expert ids `[T, k]` int32 ascending, weights `[T, k]` float32).
 
     All in float32 (trap T12). Ties in the choice go to the lowest expert id.
@@ -48,7 +50,7 @@ def route(x: Tensor, token_ids: Tensor, gate: GateWeights, config: ModelConfig) 
 
 def shared_expert(x: Tensor, weights: SharedExpertWeights, limit: float) -> Tensor:
     """`x [T, D] -> [T, D]`, both in the model dtype."""
-    gate, up = linear(x, weights.w1.weight), linear(x, weights.w3.weight)
+    gate, up = linear(x, weights.w13).chunk(2, dim=-1)
     return linear(swiglu(gate, up, limit).to(x.dtype), weights.w2.weight)
 
 
@@ -67,18 +69,6 @@ def _sum_in_order(rows: Tensor) -> Tensor:
     return total
 
 
-class ExpertLayer(nn.Module):
-    """Weights of the held experts of one layer: `w13 [E, 2*I, D]` (gate rows, then up), `w2`."""
-
-    def __init__(
-        self, config: ModelConfig, num_held: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__()
-        hidden, width = config.hidden_size, config.moe_intermediate_size
-        self.w13 = nn.Parameter(torch.empty(num_held, 2 * width, hidden, dtype=dtype, device=device))
-        self.w2 = nn.Parameter(torch.empty(num_held, hidden, width, dtype=dtype, device=device))
-
-
 class ExpertBank(nn.Module):
     """The routed experts `expert_ids` of every layer."""
 
@@ -93,10 +83,12 @@ class ExpertBank(nn.Module):
         self.config = config
         self.expert_ids = tuple(expert_ids)
         device = torch.device(device)
-        self.layers = nn.ModuleList(
-            ExpertLayer(config, len(self.expert_ids), dtype, device)
+        weights = [
+            ExpertLayerWeights(config, len(self.expert_ids), dtype, device)
             for _ in range(config.num_hidden_layers)
-        )
+        ]
+        self.layers = nn.ModuleList(weights)
+        self._weights = tuple(weights)  # the same, typed
         slots = torch.full((config.n_routed_experts,), -1, dtype=torch.int64)
         slots[list(self.expert_ids)] = torch.arange(len(self.expert_ids))
         self._slot_of_expert = slots.tolist()
@@ -116,7 +108,7 @@ class ExpertBank(nn.Module):
         Returns:
             `[P, D]` model dtype. An output row depends on its own pair alone.
         """
-        held: ExpertLayer = self.layers[layer]  # type: ignore[assignment]
+        held = self._weights[layer]
         order = expert_ids.argsort(stable=True)
         counts = torch.bincount(expert_ids, minlength=self.config.n_routed_experts).tolist()
         groups: list[tuple[int, int, int]] = []  # (slot, start, end) into the sorted pairs

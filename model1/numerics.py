@@ -5,8 +5,9 @@ beside 0 or 500 others. These are the few operations whose torch kernels would o
 show (measured on torch 2.13, x86-64, one thread; `tests/model1/test_numerics.py` holds it):
 
 * float32 matrix products take another path below 4 rows: fewer rows are padded to 4;
-* bfloat16 ones do for single rows where the sums are longer than 1,024, and wherever the whole
-  product has at most 4,096 multiplications: rows are added until it is neither;
+* bfloat16 ones, and all with packed weights, do for single rows where the sums are longer than
+  1,024; plain bfloat16 ones also wherever the whole product has at most 4,096 multiplications:
+  rows are added until it is neither;
 * float32 `sigmoid`, `silu` and `softplus` round differently in the vector tail, so they are
   composed here from `exp`, `log1p` and division, which do not. `addcmul` and complex
   products have the same fault: multiply and add separately.
@@ -17,13 +18,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _MIN_ROWS = 4
+_PACKED_FOR_ROWS = 32  # a hint to oneDNN; measured best from 1 to 32 rows
 _LONG_SUM = 1024
 _SMALL_PRODUCT = 4096
 
 
+def pack(weight: Tensor) -> Tensor:
+    """`weight [N, K]` re-laid for the CPU's matrix unit, if it has one; for `linear` only.
+
+    A plain weight is re-laid in every product, which for a few rows costs more than the product:
+    packed, small batches run at the speed of reading the weight once (1.7 to 3 times as fast,
+    README). The result's bits are `linear`'s own for packed weights in every batch, and in
+    bfloat16 those of the plain weight.
+    """
+    supported = torch.backends.mkldnn.is_available() and weight.device.type == "cpu"
+    if weight.dtype == torch.bfloat16:
+        supported = supported and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not supported:
+        return weight
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACKED_FOR_ROWS)
+    return packed
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x [T, K] @ weight [N, K]^T -> [T, N]`, dtype of both."""
+    """`x [T, K] @ weight [N, K]^T -> [T, N]`, dtype of both; `weight` plain or from `pack`."""
     rows = x.shape[0]
+    if weight.is_mkldnn:
+        padded = max(rows, _MIN_ROWS) if x.shape[1] > _LONG_SUM else rows
+        if padded > rows:
+            x = F.pad(x, (0, 0, 0, padded - rows))
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return out[:rows] if padded > rows else out
     padded = _padded_rows(rows, weight.shape[1], weight.numel(), x.dtype)
     if padded > rows:
         return F.linear(F.pad(x, (0, 0, 0, padded - rows)), weight)[:rows]

@@ -38,7 +38,9 @@ class Rotation(NamedTuple):
         """Rotations for `positions [T]` int."""
         angles = positions.float().unsqueeze(-1) * inverse_frequencies
         sin = angles.sin()
-        return cls(angles.cos().repeat_interleave(2, dim=-1), torch.stack((-sin, sin), -1).flatten(1))
+        return cls(
+            angles.cos().repeat_interleave(2, dim=-1), torch.stack((-sin, sin), -1).flatten(1)
+        )
 
     def inverse(self) -> "Rotation":
         return Rotation(self.cos, -self.sin)

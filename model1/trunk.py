@@ -15,7 +15,7 @@ from model1.attention import Rotations, attention
 from model1.batch import Batch
 from model1.config import AttentionKind, ModelConfig
 from model1.kv_pool import KVPool
-from model1.modules import AttentionWeights, FeedForwardWeights, Weight
+from model1.modules import AttentionWeights, FeedForwardWeights, Matrix, Weight
 from model1.moe import ExpertBank, ExpertCall, local_sum, route, shared_expert
 from model1.numerics import linear, rms_norm
 from model1.rope import Rope
@@ -31,18 +31,28 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         n, hidden, f32 = config.hc_mult, config.hidden_size, torch.float32
+        self.config = config
         self.kind: AttentionKind = config.attention_kinds[layer]
-        for site in ("attn", "ffn"):
-            fn = torch.empty((2 + n) * n, n * hidden, dtype=f32, device=device)
-            base = torch.empty((2 + n) * n, dtype=f32, device=device)
-            scale = torch.empty(3, dtype=f32, device=device)
-            self.register_parameter(f"hc_{site}_fn", nn.Parameter(fn))
-            self.register_parameter(f"hc_{site}_base", nn.Parameter(base))
-            self.register_parameter(f"hc_{site}_scale", nn.Parameter(scale))
-        self.attn_norm = Weight(hidden, dtype=f32, device=device)
-        self.ffn_norm = Weight(hidden, dtype=f32, device=device)
+        rows = (2 + n) * n
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=f32, device=device))
+
+        self.hc_attn_fn, self.hc_ffn_fn = parameter(rows, n * hidden), parameter(rows, n * hidden)
+        self.hc_attn_base, self.hc_ffn_base = parameter(rows), parameter(rows)
+        self.hc_attn_scale, self.hc_ffn_scale = parameter(3), parameter(3)
+        self.attn_norm = Weight(torch.empty(hidden, dtype=f32, device=device))
+        self.ffn_norm = Weight(torch.empty(hidden, dtype=f32, device=device))
         self.attn = AttentionWeights(config, self.kind, dtype, device)
         self.ffn = FeedForwardWeights(config, config.hash_routed[layer], dtype, device)
+
+    def attn_site(self, streams: Tensor) -> mhc.Mix:
+        fn, base, scale = self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale
+        return mhc.mix(streams, fn, base, scale, self.config)
+
+    def ffn_site(self, streams: Tensor) -> mhc.Mix:
+        fn, base, scale = self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale
+        return mhc.mix(streams, fn, base, scale, self.config)
 
 
 class Trunk(nn.Module):
@@ -62,15 +72,15 @@ class Trunk(nn.Module):
         n, hidden, vocab = config.hc_mult, config.hidden_size, config.vocab_size
         self.config = config
         self.dtype = dtype
-        self.embed = Weight(vocab, hidden, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(
-            Block(config, layer, dtype, device) for layer in range(config.num_hidden_layers)
-        )
+        self.embed = Weight(torch.empty(vocab, hidden, dtype=dtype, device=device))
+        blocks = [Block(config, i, dtype, device) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
+        self._blocks = tuple(blocks)  # the same, typed
         self.hc_head_fn = nn.Parameter(torch.empty(n, n * hidden, dtype=f32, device=device))
         self.hc_head_base = nn.Parameter(torch.empty(n, dtype=f32, device=device))
         self.hc_head_scale = nn.Parameter(torch.empty(1, dtype=f32, device=device))
-        self.norm = Weight(hidden, dtype=f32, device=device)
-        self.head = Weight(vocab, hidden, dtype=f32, device=device)
+        self.norm = Weight(torch.empty(hidden, dtype=f32, device=device))
+        self.head = Matrix(torch.empty(vocab, hidden, dtype=f32, device=device))
         self.rope = Rope(config, device)
 
     def forward(self, batch: Batch, pool: KVPool) -> Forward:
@@ -83,13 +93,13 @@ class Trunk(nn.Module):
         config = self.config
         turns = Rotations.of(batch, self.rope)
         streams = self.embed.weight[batch.token_ids].unsqueeze(1).repeat(1, config.hc_mult, 1)
-        for layer, block in enumerate(self.layers):
-            site = mhc.mix(streams, block.hc_attn_fn, block.hc_attn_base, block.hc_attn_scale, config)
+        for layer, block in enumerate(self._blocks):
+            site = block.attn_site(streams)
             x = rms_norm(mhc.read(streams, site.pre), block.attn_norm.weight, config.rms_norm_eps)
             y = attention(x, block.attn, block.kind, pool.layers[layer], batch, turns, config)
             streams = mhc.write(streams, y, site)
 
-            site = mhc.mix(streams, block.hc_ffn_fn, block.hc_ffn_base, block.hc_ffn_scale, config)
+            site = block.ffn_site(streams)
             x = rms_norm(mhc.read(streams, site.pre), block.ffn_norm.weight, config.rms_norm_eps)
             expert_ids, weights = route(x, batch.token_ids, block.ffn.gate, config)
             yield ExpertCall(layer, x, expert_ids, weights)

@@ -9,6 +9,7 @@ import torch
 
 from model1.checkpoint import load_experts, load_trunk
 from model1.kv_pool import KVPool, PoolCapacity
+from model1.modules import packed
 from model1.trunk import Trunk
 from services.attention.engine import Engine, EngineConfig
 from services.attention.local import LocalExperts
@@ -20,7 +21,7 @@ def load_trunk_and_pool(
     directory: Path, *, dtype: str, device: str, capacity: PoolCapacity
 ) -> tuple[Trunk, KVPool]:
     """What an attention worker holds. Raises a `ModelError`."""
-    trunk = load_trunk(directory, _DTYPES[dtype], device)
+    trunk = packed(load_trunk(directory, _DTYPES[dtype], device))
     return trunk, KVPool(trunk.config, capacity, _DTYPES[dtype], device)
 
 
@@ -30,5 +31,5 @@ def load_local_engine(
     """A worker's engine with every routed expert in the same process."""
     trunk, pool = load_trunk_and_pool(directory, dtype=dtype, device=device, capacity=capacity)
     every_expert = range(trunk.config.n_routed_experts)
-    bank = load_experts(directory, every_expert, _DTYPES[dtype], device)
+    bank = packed(load_experts(directory, every_expert, _DTYPES[dtype], device))
     return Engine(trunk, pool, LocalExperts(bank), config)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from model1.checkpoint import load_experts
+from model1.modules import packed
 from services.expert.replica import ExpertReplica
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -18,4 +19,4 @@ def load_replica(
     directory: Path, *, name: str, expert_ids: Sequence[int], dtype: str, device: str
 ) -> ExpertReplica:
     """Reads the tensors of these experts and no others. Raises a `ModelError`."""
-    return ExpertReplica(name, load_experts(directory, expert_ids, _DTYPES[dtype], device))
+    return ExpertReplica(name, packed(load_experts(directory, expert_ids, _DTYPES[dtype], device)))

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from model1 import Model
 from model1.batch import Chunk
+from model1.checkpoint import load_experts, load_trunk
 from model1.kv_pool import KVHandle, KVPool, PoolCapacity
+from model1.modules import packed
 from tests.model1 import oracle
 from tests.model1.oracle import CASES, Case
 
@@ -207,11 +209,14 @@ def test_greedy_tokens_equal_those_of_transformers(
 def test_a_greedy_run_takes_the_lowest_of_tied_tokens(
     device: str, checkpoints: Checkpoints
 ) -> None:
-    model = Model.from_checkpoint(checkpoints(CASES[0]), device=device)
-    head = model.trunk.head.weight.data
+    directory = checkpoints(CASES[0])
+    trunk = load_trunk(directory, torch.float32, device)
+    head = trunk.head.weight
     half = head.shape[0] // 2
-    ids = oracle.token_ids(CASES[0], 20)
     head[:half] = head[half:]  # every token has a twin with the very same logit
+    experts = load_experts(directory, range(trunk.config.n_routed_experts), torch.float32, device)
+    model = Model(packed(trunk), packed(experts))
+    ids = oracle.token_ids(CASES[0], 20)
     generated = model.generate(ids, max_tokens=20)
     assert all(token < half for token in generated)
     logits = model.logits(ids + generated[:-1])[len(ids) - 1 :]
