@@ -32,8 +32,11 @@ def gather(call: LayerRows, positions: NDArray[np.intp]) -> ExpertRows:
 def added_in_order(pairs: Words, num_rows: int) -> NDArray[np.float32]:
     """Pair rows [T * k, D] -> [T, D]: one expert after the other, in float32.
 
-    Bit for bit what model1.moe.combine does, which an answer must not depend on having been asked.
+    Bit for bit what model1.moe.combine does, so that a token does not depend on where it ran.
     """
+    # One row a pair travels, not one float64 partial sum a row: measured on two cores at D = 512 in
+    # bfloat16, pairs are never slower (32 rows, top-4, 2 groups: 1.15 against 1.67 ms; top-8 in one
+    # group, the best case for sums: 1.13 against 1.15), and float64 sums of float32 rows round.
     by_row = pairs.reshape(num_rows, -1, pairs.shape[1])  # [T, k, D]
     total = widened(by_row[:, 0]).copy() if by_row.dtype == np.float32 else widened(by_row[:, 0])
     for rank in range(1, by_row.shape[1]):
