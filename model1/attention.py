@@ -108,18 +108,20 @@ def _attend(q: Tensor, tiles: list[_KeyTile], sink: Tensor) -> Tensor:
     q = q.float()
     scores = []
     for tile in tiles:
-        dots = bmm(q.reshape(len(tile.keys), -1, d), tile.keys.float().mT)
+        dots = bmm(q.view(len(tile.keys), -1, d), tile.keys.float().mT)
         scores.append(dots.view(g, r, heads, -1).mul_(d**-0.5).add_(tile.bias.unsqueeze(2)))
     peak = scores[0].amax(dim=-1, keepdim=True)  # a query always sees itself: finite
     for s in scores[1:]:
         peak = torch.maximum(peak, s.amax(dim=-1, keepdim=True))
     total = torch.exp(sink.unsqueeze(-1) - peak)  # [G, R, H, 1]
-    out = torch.zeros_like(q)
+    out: Tensor | None = None
     for tile, s in zip(tiles, scores, strict=True):
         p = s.sub_(peak).exp_()
         total += p.sum(dim=-1, keepdim=True)
         keys = tile.keys
-        out += bmm(p.view(len(keys), -1, keys.shape[1]).to(keys.dtype), keys).view(q.shape)
+        part = bmm(p.view(len(keys), -1, keys.shape[1]).to(keys.dtype), keys).view(g, r, heads, d)
+        out = part.float() if out is None else out.add_(part)
+    assert out is not None
     return out.div_(total)
 
 

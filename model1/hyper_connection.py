@@ -27,54 +27,55 @@ def mix(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, config: ModelC
 
     `fn [(2+n)n, n*D]`, `base [(2+n)n]`, `scale [3]` (of pre, post and comb).
     """
-    n = config.hc_mult
     raw = _normed_projection(streams, fn, config.rms_norm_eps)
-    raw *= scale.repeat_interleave(torch.tensor((n, n, n * n), device=scale.device))
-    raw += base
-    gates = sigmoid(raw[:, : 2 * n])
-    logits = raw[:, 2 * n :].unflatten(-1, (n, n))
+    coefficients = _coefficients_numpy if raw.device.type == "cpu" else _coefficients
+    return coefficients(raw, base, scale, config)
+
+
+def _coefficients(raw: Tensor, base: Tensor, scale: Tensor, config: ModelConfig) -> Mix:
+    n, eps = config.hc_mult, config.hc_eps
+    pre = sigmoid(raw[:, :n] * scale[0] + base[:n]) + eps
+    post = sigmoid(raw[:, n : 2 * n] * scale[1] + base[n : 2 * n]) * 2.0
+    logits = (raw[:, 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
+    comb = logits.softmax(dim=-1) + eps
+    comb /= comb.sum(dim=-2, keepdim=True) + eps  # columns first: trap T2
+    for _ in range(config.hc_sinkhorn_iters - 1):
+        comb /= comb.sum(dim=-1, keepdim=True) + eps
+        comb /= comb.sum(dim=-2, keepdim=True) + eps
+    return Mix(pre, post, comb)
+
+
+def _coefficients_numpy(raw: Tensor, base: Tensor, scale: Tensor, config: ModelConfig) -> Mix:
+    """The same, for the CPU: about 100 operations on a few floats, a third of torch's time.
+
+    Tokens are the last dimension here, so that sums run over the first two in a fixed order.
+    """
+    n, eps = config.hc_mult, np.float32(config.hc_eps)
+    scales = np.repeat(scale.numpy(), (n, n, n * n))[:, None]
+    x = np.multiply(raw.numpy().T, scales, order="C")  # [(2+n)n, T]
+    x += base.numpy()[:, None]
+    gates = np.negative(x[: 2 * n])
+    np.exp(gates, out=gates)
+    gates += np.float32(1.0)
+    np.reciprocal(gates, out=gates)
+
+    logits = x[2 * n :].reshape(n, n, -1)
+    logits -= np.maximum.reduce(logits, axis=1, keepdims=True)
+    np.exp(logits, out=logits)
+    # A border of eps makes every row and column sum come with its eps already added.
+    bordered = np.full((n + 1, n + 1, x.shape[1]), eps, dtype=np.float32)
+    comb, rows, columns = bordered[:n, :n], bordered[:n], bordered[:, :n]
+    np.divide(logits, np.add.reduce(logits, axis=1, keepdims=True), out=comb)
+    comb += eps
+    comb /= np.add.reduce(columns, axis=0)
+    for _ in range(config.hc_sinkhorn_iters - 1):
+        comb /= np.add.reduce(rows, axis=1, keepdims=True)
+        comb /= np.add.reduce(columns, axis=0)
     return Mix(
-        gates[:, :n] + config.hc_eps,
-        gates[:, n:] * 2.0,
-        sinkhorn(logits.softmax(dim=-1), config.hc_sinkhorn_iters, config.hc_eps),
+        torch.from_numpy((gates[:n] + eps).T),
+        torch.from_numpy((gates[n:] * np.float32(2.0)).T),
+        torch.from_numpy(comb.transpose(2, 0, 1)),
     )
-
-
-def sinkhorn(positive: Tensor, iters: int, eps: float) -> Tensor:
-    """Scale positive `[T, n, n]` towards doubly stochastic matrices (columns first: trap T2)."""
-    if positive.device.type == "cpu":
-        return _sinkhorn_numpy(positive, iters, eps)
-    c = positive + eps
-    c /= c.sum(dim=-2, keepdim=True) + eps
-    for _ in range(iters - 1):
-        c /= c.sum(dim=-1, keepdim=True) + eps
-        c /= c.sum(dim=-2, keepdim=True) + eps
-    return c
-
-
-def _sinkhorn_numpy(positive: Tensor, iters: int, eps: float) -> Tensor:
-    """The same. 39 sums and divisions of a few floats cost torch five times as much in calls."""
-    c = np.array(positive.numpy().transpose(1, 2, 0), order="C")  # a copy, [n, n, T]
-    c += np.float32(eps)
-    n = len(c)
-    small = np.float32(eps)
-    total = np.empty_like(c[0])
-    by_row = [c[i] for i in range(n)]  # each [n, T]: entry j of row i
-    by_column = [c[:, j] for j in range(n)]
-    over_rows, over_columns = total[None], total[:, None]
-
-    def normalise(parts: list[np.ndarray], divisor: np.ndarray) -> None:
-        np.add(parts[0], small, out=total)
-        for part in parts:
-            if part is not parts[0]:
-                np.add(total, part, out=total)
-        np.divide(c, divisor, out=c)
-
-    normalise(by_row, over_rows)  # the sum over rows: one for each column
-    for _ in range(iters - 1):
-        normalise(by_column, over_columns)
-        normalise(by_row, over_rows)
-    return torch.from_numpy(c.transpose(2, 0, 1))
 
 
 def read(streams: Tensor, pre: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ def route(
         chosen = gate.tid2eid[token_ids]
     ids = chosen.sort(dim=-1).values
     weights = scores.gather(1, ids)
-    total = _sum_in_order(weights.unsqueeze(-1)) + 1e-20
-    return ids.to(torch.int32), weights / total * config.routed_scaling_factor
+    weights /= weights.sum(dim=-1, keepdim=True).add_(1e-20)
+    return ids.to(torch.int32), weights.mul_(config.routed_scaling_factor)
 
 
 def shared_expert(x: Tensor, weights: SharedExpertWeights, limit: float) -> Tensor:
@@ -59,13 +59,9 @@ def combine(pairs: Tensor) -> Tensor:
 
     One after the other in float32, so the result is the same wherever the rows came from.
     """
-    return _sum_in_order(pairs)
-
-
-def _sum_in_order(rows: Tensor) -> Tensor:
-    total = rows[:, 0].float()
-    for k in range(1, rows.shape[1]):
-        total = total + rows[:, k].float()
+    total = pairs[:, 0].float()
+    for k in range(1, pairs.shape[1]):
+        total = total + pairs[:, k]
     return total
 
 

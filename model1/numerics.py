@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _MIN_ROWS = 4
+_packed_product = torch.ops.mkldnn._linear_pointwise.default
 _PACKED_FOR_ROWS = 32  # a hint to oneDNN; measured best from 1 to 32 rows
 _LONG_SUM = 1024
 _SMALL_PRODUCT = 4096
@@ -47,7 +48,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         padded = max(rows, _MIN_ROWS) if x.shape[1] > _LONG_SUM else rows
         if padded > rows:
             x = F.pad(x, (0, 0, 0, padded - rows))
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        out: Tensor = _packed_product(x, weight, None, "none", [], "")
         return out[:rows] if padded > rows else out
     padded = _padded_rows(rows, weight.shape[1], weight.numel(), x.dtype)
     if padded > rows:
