@@ -77,8 +77,9 @@ class ExpertBank(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.dtype = dtype
         self.expert_ids = tuple(expert_ids)
-        device = torch.device(device)
+        self.device = device = torch.device(device)
         weights = [
             ExpertLayerWeights(config, len(self.expert_ids), dtype, device)
             for _ in range(config.num_hidden_layers)

@@ -40,10 +40,9 @@ class ExpertReplica:
         self.name = name
         self.expert_ids = tuple(sorted(bank.expert_ids))
         self.counters = ReplicaCounters()
-        weight = next(bank.parameters())
         self._bank = bank
-        self._dtype, self._device = weight.dtype, weight.device
-        self._word = _WORD_OF[weight.dtype]
+        self._dtype, self._device = bank.dtype, bank.device
+        self._word = _WORD_OF[bank.dtype]
         self._held = np.zeros(bank.config.n_routed_experts, dtype=bool)
         self._held[list(self.expert_ids)] = True
 
