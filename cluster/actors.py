@@ -20,6 +20,9 @@ from cluster.ray_session import Node
 from cluster.roles import Place, Serve, Serving, load_role
 from cluster.supervisor import ActorDied, DeploymentError, Peers, Process, Snapshot, Supervisor
 from cluster.topology import ActorSpec, Topology
+from model1.errors import ModelError
+from services.errors import ServiceError
+from services.rpc import AddressUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -169,6 +172,10 @@ def _one_line_failures(name: str) -> Iterator[None]:
     """Any failure of a role becomes one that other processes can unpickle; the log has the page."""
     try:
         yield
+    except DeploymentError:
+        raise
+    except (ModelError, ServiceError, AddressUnavailable) as error:
+        raise DeploymentError(f"{name}: {error}") from None
     except Exception as error:
         log.exception("role_failed name=%s", name)
         raise DeploymentError(f"{name}: {type(error).__name__}: {error}") from None

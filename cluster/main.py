@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         _VERBS[parsed.verb].run(parsed)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit, asyncio.CancelledError):
         return _failed("interrupted", EXIT_FAILED)
     except BrokenPipeError:
         # Whoever read our output has enough of it; flushing at exit must not complain again.
@@ -64,6 +64,8 @@ def _exit_code(error: Exception) -> int | None:
     # Here, so that a wrong flag is answered before gRPC and the rest are imported.
     if isinstance(error, SettingsError):
         return EXIT_USAGE
+    from cluster.bench_child import ChildFailed
+    from cluster.bench_workload import SidesDiffer
     from cluster.client import RequestFailed, RequestRefused, Unreachable
     from cluster.preflight import AddressTaken
     from cluster.ray_session import RayUnavailable
@@ -75,7 +77,10 @@ def _exit_code(error: Exception) -> int | None:
         return EXIT_UNREACHABLE
     if isinstance(error, TopologyError | InvalidRequest | RequestRefused):
         return EXIT_USAGE
-    expected = (ModelError, DeploymentError, AddressTaken, RayUnavailable, RequestFailed)
+    expected = (
+        *(ModelError, DeploymentError, AddressTaken, RayUnavailable, RequestFailed),
+        *(ChildFailed, SidesDiffer),
+    )
     return EXIT_FAILED if isinstance(error, expected) else None
 
 
@@ -155,11 +160,36 @@ def _train(parsed: Arguments) -> None:
     train(parsed.preset, parsed.out, parsed.device, steps=parsed.steps, resume=parsed.resume)
 
 
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_subparsers(dest="what", required=True, metavar="serve|model")
+    words = "a deployment against one process, batch 32"
+    serve = what.add_parser("serve", help=words, description=words)
+    serve.add_argument("--pairs", type=_positive, default=5, metavar="N", help="runs of each side")
+    words = "the forward pass against transformers'"
+    model = what.add_parser("model", help=words, description=words)
+    model.add_argument("--steps", type=_positive, default=20, metavar="N", help="timed, of each")
+    model.add_argument("--quick", action="store_true", help="leave out the long context")
+    for each in (serve, model):
+        each.add_argument("--format", choices=("table", "json"), default="table")
+
+
+def _bench(parsed: Arguments) -> None:
+    if parsed.what == "serve":
+        from cluster.bench_serve import bench_serve
+
+        bench_serve(num_pairs=parsed.pairs, as_json=_wants_json(parsed))
+    else:
+        import model1.bench
+
+        model1.bench.run(parsed.steps, _wants_json(parsed), long_context=not parsed.quick)
+
+
 _VERBS = {
     "demo": Verb("run a whole deployment here, ask it one thing, stop", _demo_arguments, _demo),
     "serve": Verb("run a deployment until SIGTERM", _serve_arguments, _serve),
     "generate": Verb("answer one prompt", _generate_arguments, _generate),
     "status": Verb("show what a deployment consists of", lambda p: _add_client_flags(p), _status),
+    "bench": Verb("measure on random weights of the mini model", _bench_arguments, _bench),
     "train": Verb("train a small model from scratch", _train_arguments, _train),
 }
 

@@ -66,8 +66,10 @@ def _own_ray(folder: Path, num_actors: int) -> Iterator[None]:
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=str(folder),
         )
-    except Exception as error:
-        ray.shutdown()
+    except BaseException as error:
+        ray.shutdown()  # of what has started, also when a signal came in between
+        if not isinstance(error, Exception):
+            raise
         raise RayUnavailable(f"Ray did not start: {_first_line(error)}") from error
     try:
         yield

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from cluster.config import AttentionSettings, GatewaySettings, ModelSettings, Settings
 from cluster.preflight import model_directory
-from cluster.supervisor import Peers, Snapshot
+from cluster.supervisor import DeploymentError, Peers, Snapshot
 from cluster.topology import ActorSpec, Role
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def load_router(name: str, place: Place) -> Serve:
         router = Router(name)
         missing = await router.update(RoutingTable.of(peers.epoch, peers.replicas_of_expert))
         if missing:
-            raise RuntimeError(f"no expert replica answers at {', '.join(missing)}")
+            raise DeploymentError(f"{name}: no expert replica answers at {', '.join(missing)}")
         # Nobody else may use the experts: mkdtemp makes the folder 0700.
         socket_dir = tempfile.mkdtemp(prefix="router-", dir=place.runtime_dir)
         server = await rpc.start_server([router_service(router)], f"unix:{socket_dir}/grpc.sock")

@@ -4,7 +4,8 @@ import asyncio
 import signal
 import sys
 from contextlib import redirect_stdout
-from typing import TextIO
+from types import FrameType
+from typing import NoReturn, TextIO
 
 from cluster.config import Settings
 from cluster.deployment import Site, deployed, prepared
@@ -14,9 +15,13 @@ from cluster.supervisor import DeploymentError
 def serve(settings: Settings) -> None:
     """Returns after a drain on SIGTERM or SIGINT; a second signal cuts the drain short."""
     stdout = sys.stdout
-    # Ray reports the death of a worker on stdout, which is for the one line that scripts wait for.
-    with redirect_stdout(sys.stderr), prepared(settings) as site:
-        asyncio.run(_serve(site, stdout))
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        # Ray reports the death of a worker on stdout, which is for the one line scripts wait for.
+        with redirect_stdout(sys.stderr), prepared(settings) as site:
+            asyncio.run(_serve(site, stdout))
+    except (SystemExit, KeyboardInterrupt):
+        return  # asked to stop while Ray was starting
 
 
 async def _serve(site: Site, stdout: TextIO) -> None:
@@ -28,6 +33,11 @@ async def _serve(site: Site, stdout: TextIO) -> None:
             raise DeploymentError(f"the deployment cannot serve any more: {why}")
     except asyncio.CancelledError:
         return  # asked to stop, and drained
+
+
+def _exit(number: int, _frame: FrameType | None) -> NoReturn:
+    # What Ray's own handler does, which takes over during its start.
+    sys.exit(number)
 
 
 def cancel_on_signals() -> None:

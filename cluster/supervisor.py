@@ -145,9 +145,13 @@ class Supervisor:
             await asyncio.sleep(interval_seconds)
 
     async def stop(self, grace_seconds: float) -> None:
-        """Drain callers before those whom they call, then end every process."""
+        """Drain callers before those whom they call, then end every process. The grace time is
+        that of all roles together."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + grace_seconds
         for role in reversed(START_ORDER):
-            await _all(self._stop(spec, grace_seconds) for spec in self._topology.of_role(role))
+            left_seconds = max(0.0, deadline - clock())
+            await _all(self._stop(spec, left_seconds) for spec in self._topology.of_role(role))
         self.kill()
 
     def kill(self) -> None:
@@ -192,8 +196,7 @@ class Supervisor:
         return self._members[spec.name].address
 
     async def _check_all(self) -> None:
-        live = [m.spec for m in self._members.values() if m.state is not MemberState.DEAD]
-        await _all(self._check(spec) for spec in live)
+        await _all(self._check(spec) for spec in self._topology.actors)
 
     async def _check(self, spec: ActorSpec) -> None:
         try:
@@ -204,7 +207,10 @@ class Supervisor:
         except ActorDied:
             self._set(spec.name, state=MemberState.DEAD)
             return
-        self._members[spec.name] = replace(self._members[spec.name], num_requests=count)
+        member = self._members[spec.name]
+        # A node that was cut off for a while brings its actors back.
+        state = MemberState.READY if member.state is MemberState.DEAD else member.state
+        self._members[spec.name] = replace(member, state=state, num_requests=count)
 
     async def _stop(self, spec: ActorSpec, grace_seconds: float) -> None:
         if self._members[spec.name].state is MemberState.DEAD:

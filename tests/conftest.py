@@ -19,9 +19,9 @@ def _settle_environment() -> None:
     os.environ.update(_FIXED)
 
 
-def pytest_configure() -> None:
-    # Before collection: Ray and OpenMP read theirs when they are first imported.
-    _settle_environment()
+# While this file is imported, before any other conftest: Ray and OpenMP read theirs when they are
+# first imported, and pytest_configure comes after that.
+_settle_environment()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,249 @@
+"""`model1 bench serve`: a real deployment against one process, on the same random weights.
+
+The *mini* model in bfloat16, one compute thread a process. The sides take turns, and whoever is not
+running is idle, so that whatever else the machine does falls on both. Reports; judges nothing but
+that both give the same tokens. Progress goes to stderr.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterable
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from cluster.bench_echo import Echo, echo
+from cluster.bench_local import OneProcess, one_process
+from cluster.bench_workload import Measured, SidesDiffer, Workload, measure
+from cluster.config import load_settings
+from cluster.deployment import Deployment, Site, deployed, prepared
+from cluster.output import text_table
+from cluster.serve import cancel_on_signals
+from cluster.topology import Role
+from model1 import shipped_model_dir
+from model1.checkpoint import load_config
+from protos import attention_pb2, attention_pb2_grpc
+from services import rpc
+from services.attention.stats import Percentiles
+from services.gateway.workers import Worker, WorkerAddress
+from services.generation import GenerationRequest
+
+ROUND_TRIPS_A_PAIR = 500
+WARM_UP_TOKENS = 4
+FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Decode speed of both sides in one turn, tokens/s."""
+
+    distributed: float
+    one_process: float
+
+    @property
+    def ratio(self) -> float:
+        return self.distributed / self.one_process
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Times in seconds. Crossings are those of a full batch that decodes."""
+
+    machine: str
+    workload: Workload
+    pairs: tuple[Pair, ...]
+    whole_ratio: float  # of the speeds with the prompts' time included
+    crossing: Percentiles
+    crossing_wait: Percentiles  # without the shared expert, which is computed meanwhile
+    echo: Percentiles
+    request_bytes: int
+    reply_bytes: int
+
+    @property
+    def medians(self) -> Pair:
+        return Pair(
+            statistics.median(pair.distributed for pair in self.pairs),
+            statistics.median(pair.one_process for pair in self.pairs),
+        )
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(pair.ratio for pair in self.pairs)
+
+
+def bench_serve(*, num_pairs: int, as_json: bool) -> None:
+    """The whole benchmark; a table for people or one JSON object."""
+    from model1.bench import machine, write_random_checkpoint  # torch: seconds
+
+    with tempfile.TemporaryDirectory(prefix="model1-bench-") as folder:
+        _tell("writing the mini checkpoint")
+        directory = Path(folder)
+        write_random_checkpoint(directory)
+        shutil.copy(shipped_model_dir() / "tokenizer.json", directory)
+        report = compare(directory, Workload(), num_pairs=num_pairs, machine=machine())
+    if as_json:
+        print(json.dumps(_as_dict(report)))
+    else:
+        _print_tables(report)
+
+
+def compare(directory: Path, workload: Workload, *, num_pairs: int, machine: str) -> Report:
+    """Raises `SidesDiffer`, or whatever keeps a side from running."""
+    # Of both sides, and before any of their processes starts.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    flags = {"model.path": directory, "model.dtype": "bfloat16", "gateway.port": 0}
+    settings = load_settings(flags=flags)
+    _tell("starting Ray")
+    with redirect_stdout(sys.stderr), prepared(settings) as site:
+        return asyncio.run(_compare(site, workload, num_pairs=num_pairs, machine=machine))
+
+
+async def _compare(site: Site, workload: Workload, *, num_pairs: int, machine: str) -> Report:
+    cancel_on_signals()
+    model = load_config(site.settings.model.path or shipped_model_dir())
+    pairs_bytes = model.num_experts_per_tok * (4 + FLOAT32_BYTES)
+    request_bytes = workload.batch * (model.hidden_size * BFLOAT16_BYTES + pairs_bytes)
+    reply_bytes = workload.batch * model.hidden_size * FLOAT32_BYTES
+    with tempfile.TemporaryDirectory(prefix="model1-") as folder:
+        address = f"unix:{folder}/echo.sock"
+        _tell("starting the actors, one process and an echo")
+        async with (
+            deployed(site) as deployment,
+            one_process(site.settings) as alone,
+            echo(address, request_bytes=request_bytes, reply_bytes=reply_bytes) as echoing,
+        ):
+            worker = await _worker_address(deployment)
+            turns = await _take_turns(worker, alone, echoing, workload, num_pairs)
+            crossing, wait = await _crossing_times(worker, workload.batch)
+    return Report(
+        machine=machine,
+        workload=workload,
+        pairs=tuple(
+            Pair(ours.decode_tokens_per_second, theirs.decode_tokens_per_second)
+            for ours, theirs in zip(turns.distributed, turns.one_process, strict=True)
+        ),
+        whole_ratio=statistics.median(
+            ours.tokens_per_second / theirs.tokens_per_second
+            for ours, theirs in zip(turns.distributed, turns.one_process, strict=True)
+        ),
+        crossing=crossing,
+        crossing_wait=wait,
+        echo=Percentiles.of(turns.round_trips),
+        request_bytes=request_bytes,
+        reply_bytes=reply_bytes,
+    )
+
+
+@dataclass(slots=True)
+class _Turns:
+    """What is measured while the sides take turns."""
+
+    distributed: list[Measured]
+    one_process: list[Measured]
+    round_trips: list[float]
+
+
+async def _take_turns(
+    worker: WorkerAddress, alone: OneProcess, echoing: Echo, workload: Workload, num_pairs: int
+) -> _Turns:
+    client = Worker(worker)
+
+    async def generate(request: GenerationRequest) -> AsyncIterator[Iterable[int]]:
+        async for event in client.generate(request, timeout_s=None):
+            if isinstance(event, tuple):
+                yield event
+
+    turns = _Turns([], [], [])
+    try:
+        _tell("warming up")  # every weight read, every stream opened
+        short = replace(workload, max_tokens=WARM_UP_TOKENS)
+        _check_same(await measure(short, generate), await alone.run(short))
+        for pair in range(1, num_pairs + 1):
+            turns.distributed.append(await measure(workload, generate))
+            turns.one_process.append(await alone.run(workload))
+            turns.round_trips += await echoing.round_trips(ROUND_TRIPS_A_PAIR)
+            ours, theirs = turns.distributed[-1], turns.one_process[-1]
+            _check_same(ours, theirs)
+            _tell(
+                f"pair {pair} of {num_pairs}: {ours.decode_tokens_per_second:.0f} tokens/s "
+                f"distributed, {theirs.decode_tokens_per_second:.0f} in one process"
+            )
+    finally:
+        await client.close()
+    return turns
+
+
+def _check_same(distributed: Measured, one_process: Measured) -> None:
+    answers = zip(distributed.answers, one_process.answers, strict=True)
+    if wrong := [index for index, (ours, theirs) in enumerate(answers) if ours != theirs]:
+        raise SidesDiffer(f"requests {wrong} got other tokens than in one process")
+
+
+async def _worker_address(deployment: Deployment) -> WorkerAddress:
+    snapshot = await deployment.supervisor.snapshot()
+    return next(
+        WorkerAddress(member.spec.name, member.address)
+        for member in snapshot.members
+        if member.spec.role is Role.ATTENTION
+    )
+
+
+async def _crossing_times(worker: WorkerAddress, num_rows: int) -> tuple[Percentiles, Percentiles]:
+    """(whole crossings, the wait in them) of the batches of `num_rows` rows."""
+    async with rpc.channel(worker.address) as channel:
+        stub = attention_pb2_grpc.AttentionStub(channel)
+        stats = await stub.Stats(attention_pb2.AttentionStatsRequest(crossing_rows=num_rows))
+    return (
+        Percentiles(stats.crossing_seconds_p50, stats.crossing_seconds_p99),
+        Percentiles(stats.crossing_wait_seconds_p50, stats.crossing_wait_seconds_p99),
+    )
+
+
+def _print_tables(report: Report) -> None:
+    work = report.workload
+    print(
+        f"mini, bfloat16, one compute thread a process, {report.machine}\n"
+        f"{work.batch} requests at once, prompts of {work.min_prompt_tokens} to "
+        f"{work.max_prompt_tokens} tokens, {work.max_tokens} new tokens each; {len(report.pairs)} "
+        "pairs of runs in turns; the same tokens on both sides\n"
+    )
+    rows = [
+        (str(number), f"{pair.distributed:.1f}", f"{pair.one_process:.1f}", f"{pair.ratio:.2f}x")
+        for number, pair in enumerate(report.pairs, start=1)
+    ]
+    medians = report.medians
+    rows.append(
+        (
+            "median",
+            f"{medians.distributed:.1f}",
+            f"{medians.one_process:.1f}",
+            f"{report.ratio:.2f}x",
+        )
+    )
+    print(text_table(("decode tokens/s", "distributed", "one process", "ratio"), rows))
+    print(f"with the prompts' time: {report.whole_ratio:.2f}x\n")
+    request_kib, reply_kib = report.request_bytes / 1024, report.reply_bytes / 1024
+    times = {
+        f"layer crossing of {work.batch} rows": report.crossing,
+        "  of it waiting (after the shared expert)": report.crossing_wait,
+        f"bare gRPC echo, {request_kib:.0f} KiB there, {reply_kib:.0f} KiB back": report.echo,
+    }
+    cells = [(name, f"{t.p50 * 1e3:.2f}", f"{t.p99 * 1e3:.2f}") for name, t in times.items()]
+    print(text_table(("milliseconds", "p50", "p99"), cells))
+
+
+def _as_dict(report: Report) -> dict[str, object]:
+    return asdict(report) | {
+        "decode_tokens_per_second": asdict(report.medians),
+        "ratio": report.ratio,
+        "tokens_identical": True,  # or there would be no report
+    }
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
