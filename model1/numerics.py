@@ -4,7 +4,9 @@ Serving cuts prompts into chunks and mixes sequences in one batch, so a token ma
 beside 0 or 500 others. These are the few operations whose torch kernels would otherwise let that
 show (measured on torch 2.13, x86-64, one thread; `tests/model1/test_numerics.py` holds it):
 
-* float32 matrix products take another path below 4 rows: fewer rows are padded to 4;
+* float32 matrix products take another path below 4 rows: fewer rows are padded to 4; batched ones
+  also for matrices of fewer than 400 multiplications: rows are added; and products with a single
+  column do in all sizes: a second one of zeros is computed with it;
 * bfloat16 ones, and all with packed weights, do for single rows where the sums are longer than
   1,024; plain bfloat16 ones also wherever the whole product has at most 4,096 multiplications:
   rows are added until it is neither;
@@ -22,6 +24,7 @@ _packed_product = torch.ops.mkldnn._linear_pointwise.default
 _PACKED_FOR_ROWS = 32  # a hint to oneDNN; measured best from 1 to 32 rows
 _LONG_SUM = 1024
 _SMALL_PRODUCT = 4096
+_SMALL_MATRIX = 400
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -50,6 +53,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
             x = F.pad(x, (0, 0, 0, padded - rows))
         out: Tensor = _packed_product(x, weight, None, "none", [], "")
         return out[:rows] if padded > rows else out
+    if weight.shape[0] == 1:
+        return linear(x, F.pad(weight, (0, 0, 0, 1)))[:, :1]
     padded = _padded_rows(rows, weight.shape[1], weight.numel(), x.dtype)
     if padded > rows:
         return F.linear(F.pad(x, (0, 0, 0, padded - rows)), weight)[:rows]
@@ -60,6 +65,7 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     """`a [B, T, K] @ b [B, K, N] -> [B, T, N]`; rows are the T of each matrix."""
     rows = a.shape[1]
     padded = _padded_rows(rows, b.shape[1], b.numel(), a.dtype)
+    padded = max(padded, _SMALL_MATRIX // (b.shape[1] * b.shape[2]) + 1)
     if padded > rows:
         return torch.bmm(F.pad(a, (0, 0, 0, padded - rows)), b)[:, :rows]
     return torch.bmm(a, b)
