@@ -5,7 +5,8 @@ Reads both spellings of config.json: DeepSeek's (`compress_ratios`, `num_hash_la
 Knows nothing of tensors, devices or files.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
@@ -29,6 +30,10 @@ class YarnConfig:
     original_max_position_embeddings: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _require_positive(f"YaRN {field.name}", getattr(self, field.name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +75,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and field.name != "bos_token_id" and value <= 0:
-                raise ConfigError(f"{field.name} must be positive, not {value}")
+            if isinstance(value, int | float) and field.name != "bos_token_id":
+                _require_positive(field.name, value)
         if len(self.attention_kinds) != len(self.hash_routed):
             raise ConfigError(
                 f"{len(self.attention_kinds)} attention layers, {len(self.hash_routed)} MoE layers"
@@ -88,6 +93,15 @@ class ModelConfig:
                 f"qk_rope_head_dim {self.qk_rope_head_dim} must be even and at most head_dim "
                 f"{self.head_dim} and index_head_dim {self.index_head_dim}"
             )
+        # Shapes that nobody ships, in which torch's products and numpy's sums round a row by what
+        # stands beside it (design rule 3).
+        if not 2 <= self.hc_mult <= 4:
+            raise ConfigError(f"hc_mult must be between 2 and 4, not {self.hc_mult}")
+        if self.head_dim % 4:
+            raise ConfigError(f"head_dim must be a multiple of 4, not {self.head_dim}")
+        for key in ("rope_theta", "compress_rope_theta"):
+            if getattr(self, key) <= 1.0:
+                raise ConfigError(f"{key} must be above 1, not {getattr(self, key)}")
         if self.sliding_window % 2:
             raise ConfigError(f"sliding_window must be even, not {self.sliding_window}")
         if self.hca_ratio % self.csa_ratio:
@@ -116,42 +130,39 @@ class ModelConfig:
         rope_theta, compress_theta, yarn = _rope(raw)
         _refuse_other_variants(raw)
         head_dim = _int(raw, "head_dim")
-        try:
-            return cls(
-                vocab_size=_int(raw, "vocab_size"),
-                hidden_size=_int(raw, "hidden_size"),
-                num_attention_heads=_int(raw, "num_attention_heads"),
-                head_dim=head_dim,
-                qk_rope_head_dim=_rope_head_dim(raw, head_dim),
-                q_lora_rank=_int(raw, "q_lora_rank"),
-                o_groups=_int(raw, "o_groups"),
-                o_lora_rank=_int(raw, "o_lora_rank"),
-                sliding_window=_int(raw, "sliding_window"),
-                attention_kinds=kinds,
-                csa_ratio=rates[AttentionKind.CSA],
-                hca_ratio=rates[AttentionKind.HCA],
-                index_n_heads=_int(raw, "index_n_heads"),
-                index_head_dim=_int(raw, "index_head_dim"),
-                index_topk=_int(raw, "index_topk"),
-                hash_routed=_hash_schedule(raw, num_layers),
-                n_routed_experts=_int(raw, "n_routed_experts"),
-                num_experts_per_tok=_int(raw, "num_experts_per_tok"),
-                moe_intermediate_size=_int(raw, "moe_intermediate_size"),
-                routed_scaling_factor=float(raw.get("routed_scaling_factor", 1.0)),
-                swiglu_limit=float(raw.get("swiglu_limit", 10.0)),
-                hc_mult=_int(raw, "hc_mult"),
-                hc_sinkhorn_iters=_int(raw, "hc_sinkhorn_iters"),
-                hc_eps=float(raw.get("hc_eps", 1e-6)),
-                rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-                rope_theta=rope_theta,
-                compress_rope_theta=compress_theta,
-                yarn=yarn,
-                max_position_embeddings=_int(raw, "max_position_embeddings"),
-                bos_token_id=int(raw.get("bos_token_id") or 0),
-                eos_token_ids=_eos_token_ids(raw),
-            )
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"config.json: {error}") from error
+        return cls(
+            vocab_size=_int(raw, "vocab_size"),
+            hidden_size=_int(raw, "hidden_size"),
+            num_attention_heads=_int(raw, "num_attention_heads"),
+            head_dim=head_dim,
+            qk_rope_head_dim=_rope_head_dim(raw, head_dim),
+            q_lora_rank=_int(raw, "q_lora_rank"),
+            o_groups=_int(raw, "o_groups"),
+            o_lora_rank=_int(raw, "o_lora_rank"),
+            sliding_window=_int(raw, "sliding_window"),
+            attention_kinds=kinds,
+            csa_ratio=rates[AttentionKind.CSA],
+            hca_ratio=rates[AttentionKind.HCA],
+            index_n_heads=_int(raw, "index_n_heads"),
+            index_head_dim=_int(raw, "index_head_dim"),
+            index_topk=_int(raw, "index_topk"),
+            hash_routed=_hash_schedule(raw, num_layers),
+            n_routed_experts=_int(raw, "n_routed_experts"),
+            num_experts_per_tok=_int(raw, "num_experts_per_tok"),
+            moe_intermediate_size=_int(raw, "moe_intermediate_size"),
+            routed_scaling_factor=_number(raw, "routed_scaling_factor", 1.0),
+            swiglu_limit=_number(raw, "swiglu_limit", 10.0),
+            hc_mult=_int(raw, "hc_mult"),
+            hc_sinkhorn_iters=_int(raw, "hc_sinkhorn_iters"),
+            hc_eps=_number(raw, "hc_eps", 1e-6),
+            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+            rope_theta=rope_theta,
+            compress_rope_theta=compress_theta,
+            yarn=yarn,
+            max_position_embeddings=_int(raw, "max_position_embeddings"),
+            bos_token_id=_int(raw, "bos_token_id", 0),
+            eos_token_ids=_eos_token_ids(raw),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json that transformers' DeepseekV4Config reads back to the same model."""
@@ -214,8 +225,15 @@ _TRANSLATED_FIELDS = {
 }
 
 
-def _int(raw: Mapping[str, Any], key: str) -> int:
+def _require_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be positive, not {value}")
+
+
+def _int(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = raw.get(key)
+    if value is None and default is not None:
+        return default
     if value is None:
         raise ConfigError(f"config.json has no {key!r}")
     if isinstance(value, bool) or not isinstance(value, int):
@@ -223,12 +241,40 @@ def _int(raw: Mapping[str, Any], key: str) -> int:
     return value
 
 
+def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = raw.get(key)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise ConfigError(f"config.json has no {key!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"config.json: {key} must be a number, not {value!r}")
+    return float(value)
+
+
+def _list(raw: Mapping[str, Any], key: str) -> Sequence[Any] | None:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, list | tuple):
+        raise ConfigError(f"config.json: {key} must be a list, not {value!r}")
+    return value
+
+
+def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"config.json: {key} must be an object, not {value!r}")
+    return value or {}
+
+
 def _eos_token_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
     """One id, a list of them, or null: a model that never ends on its own."""
     value = raw.get("eos_token_id", 1)
     if value is None:
         return ()
-    return tuple(int(token) for token in (value if isinstance(value, list) else [value]))
+    tokens = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in tokens):
+        raise ConfigError(f"config.json: eos_token_id must be token ids, not {value!r}")
+    return tokens
 
 
 def _refuse_other_variants(raw: Mapping[str, Any]) -> None:
@@ -251,29 +297,32 @@ def _refuse_other_variants(raw: Mapping[str, Any]) -> None:
 def _rope_head_dim(raw: Mapping[str, Any], head_dim: int) -> int:
     if raw.get("qk_rope_head_dim") is not None:
         return _int(raw, "qk_rope_head_dim")
-    partial = raw.get("partial_rotary_factor")
-    if partial is None:
+    if raw.get("partial_rotary_factor") is None:
         raise ConfigError("config.json has neither 'qk_rope_head_dim' nor 'partial_rotary_factor'")
-    return int(head_dim * float(partial))
+    return round(head_dim * _number(raw, "partial_rotary_factor"))
 
 
 def _attention_schedule(
     raw: Mapping[str, Any],
 ) -> tuple[tuple[AttentionKind, ...], dict[AttentionKind, int]]:
     num_layers = _int(raw, "num_hidden_layers")
+    if num_layers < 1:
+        raise ConfigError(f"num_hidden_layers must be positive, not {num_layers}")
+    given = _section(raw, "compress_rates")
     rates = {AttentionKind.CSA: 4, AttentionKind.HCA: 128}
-    for kind, rate in (raw.get("compress_rates") or {}).items():
-        rates[AttentionKind(kind)] = int(rate)
-    types, ratios = raw.get("layer_types"), raw.get("compress_ratios")
+    if unknown := [kind for kind in given if kind not in list(rates)]:
+        raise ConfigError(f"config.json: compress_rates has {unknown[0]!r}, expected {list(rates)}")
+    rates |= {kind: _int(given, kind, rate) for kind, rate in rates.items()}
+    types, ratios = _list(raw, "layer_types"), _list(raw, "compress_ratios")
     if types is not None:
-        known = {str(kind) for kind in AttentionKind}
+        known = [str(kind) for kind in AttentionKind]
         if unknown := [t for t in types if t not in known]:
             raise ConfigError(f"config.json: layer_types has {unknown[0]!r}, expected {known}")
         kinds = tuple(AttentionKind(t) for t in types)
     elif ratios is not None:
         by_ratio = {0: AttentionKind.SWA, 4: AttentionKind.CSA, 128: AttentionKind.HCA}
-        if bad := [r for r in ratios if r not in by_ratio]:
-            raise ConfigError(f"config.json: compress_ratios has {bad[0]}, expected 0, 4 or 128")
+        if bad := [r for r in ratios if r not in list(by_ratio)]:
+            raise ConfigError(f"config.json: compress_ratios has {bad[0]!r}, expected 0, 4 or 128")
         kinds = tuple(by_ratio[r] for r in ratios)
     else:
         raise ConfigError("config.json has neither 'layer_types' nor 'compress_ratios'")
@@ -284,9 +333,9 @@ def _attention_schedule(
 
 
 def _hash_schedule(raw: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
-    types = raw.get("mlp_layer_types")
+    types = _list(raw, "mlp_layer_types")
     if types is None:
-        num_hash = int(raw.get("num_hash_layers", 3))
+        num_hash = _int(raw, "num_hash_layers", 3)
         return tuple(layer < num_hash for layer in range(num_layers))
     if bad := [t for t in types if t not in ("hash_moe", "moe")]:
         raise ConfigError(f"config.json: mlp_layer_types has {bad[0]!r}, expected hash_moe or moe")
@@ -296,24 +345,22 @@ def _hash_schedule(raw: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, float, YarnConfig | None]:
-    nested = raw.get("rope_parameters") or {}
-    main = nested.get("main") or {}
-    compress = nested.get("compress") or raw.get("rope_scaling") or nested
-    theta = float(main.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    compress_theta = float(
-        (nested.get("compress") or {}).get("rope_theta", raw.get("compress_rope_theta", 160000.0))
-    )
+    nested = _section(raw, "rope_parameters")
+    main, own = _section(nested, "main"), _section(nested, "compress")
+    compress = own or _section(raw, "rope_scaling") or nested
+    theta = _number(main, "rope_theta", _number(raw, "rope_theta", 10000.0))
+    compress_theta = _number(own, "rope_theta", _number(raw, "compress_rope_theta", 160000.0))
     kind = compress.get("rope_type", compress.get("type", "default"))
     if kind == "default":
         return theta, compress_theta, None
     if kind != "yarn":
         raise ConfigError(f"config.json: rope type {kind!r} is not supported, only yarn")
-    if float(compress.get("attention_factor") or 1.0) != 1.0:
-        raise ConfigError("config.json: a YaRN attention_factor other than 1.0 is not MODEL1")
+    if (factor := _number(compress, "attention_factor", 1.0)) != 1.0:
+        raise ConfigError(f"config.json: attention_factor must be 1.0 in MODEL1, not {factor}")
     yarn = YarnConfig(
-        factor=float(compress["factor"]),
-        original_max_position_embeddings=int(compress["original_max_position_embeddings"]),
-        beta_fast=float(compress.get("beta_fast") or 32.0),
-        beta_slow=float(compress.get("beta_slow") or 1.0),
+        factor=_number(compress, "factor"),
+        original_max_position_embeddings=_int(compress, "original_max_position_embeddings"),
+        beta_fast=_number(compress, "beta_fast", 32.0),
+        beta_slow=_number(compress, "beta_slow", 1.0),
     )
     return theta, compress_theta, yarn
