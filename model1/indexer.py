@@ -5,6 +5,8 @@ and the chosen entries come in ascending order, so what is attended to, and in w
 function of the query alone.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,10 @@ from model1.numerics import bmm, linear
 from model1.rope import Rotation, rotate_
 
 _ENTRIES_AT_ONCE = 4096  # bounds the per-head scores, not part of the result
+# Scores are computed for a multiple of so many entries: torch's products and sums round the
+# entries left over after its vectors differently (measured: fewer than 8 and 32 of them), so an
+# entry's score would depend on how many others the tile sees.
+_ENTRY_GROUP = 32
 
 
 class IndexQueries:
@@ -51,8 +57,9 @@ class IndexQueries:
         _, heads, dim = self._q.shape
         q = self._q[tile.start : tile.end].reshape(g, -1, dim)  # [G, R*heads, d]
         a = self._head_weights[tile.start : tile.end].view(g, -1, heads, 1)
-        num_blocks = -(-tile.max_csa // per_block)
-        step = max(1, _ENTRIES_AT_ONCE // per_block)
+        group = _ENTRY_GROUP // math.gcd(_ENTRY_GROUP, per_block)  # blocks; divides ENTRY_TILE
+        num_blocks = -(-tile.max_csa // (per_block * group)) * group
+        step = max(1, _ENTRIES_AT_ONCE // (per_block * group)) * group
         parts = []
         for first in range(0, num_blocks, step):
             blocks = tile.entry_blocks[:, first : min(first + step, num_blocks)]
