@@ -1,5 +1,6 @@
 """A small deployment in real Ray processes, used through the command line alone."""
 
+import asyncio
 import json
 import os
 import signal
@@ -8,9 +9,11 @@ import time
 from pathlib import Path
 
 import grpc
+import grpc.aio
 import pytest
 
-from protos import inference_pb2, inference_pb2_grpc
+from protos import attention_pb2, attention_pb2_grpc, inference_pb2, inference_pb2_grpc
+from services import rpc
 from tests.e2e.command import MODEL1, ROOT, run, run_json, served, wait_until_gone
 from tests.services import tiny_model
 
@@ -111,3 +114,76 @@ def test_a_role_that_cannot_load_is_named_in_one_line(
     assert (result.code, result.stdout) == (1, "")
     assert "Traceback" not in result.stderr
     assert "wrongly shaped" in result.stderr
+
+
+@pytest.mark.slow
+def test_requests_that_go_wrong_end_with_their_status_and_hold_nothing(
+    tiny_checkpoint: Path,
+) -> None:
+    with served("--model", tiny_checkpoint) as deployment:
+        asyncio.run(_tour_of_wrong_requests(deployment.endpoint))
+        address = next(m["address"] for m in deployment.members() if m["role"] == "attention")
+        assert asyncio.run(_live_sequences(address)) == 0
+        assert deployment.stop().code == 0
+
+
+async def _tour_of_wrong_requests(endpoint: str) -> None:
+    invalid = grpc.StatusCode.INVALID_ARGUMENT
+    async with rpc.channel(endpoint) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        for request, words in (
+            (_request(), "no prompt"),
+            (_request(text=""), "empty"),
+            (_request(text="x" * 400), "401 tokens"),
+            (_request(token_ids=inference_pb2.TokenIds(ids=[272])), "272"),
+            (_request(text="x", sampling=inference_pb2.SamplingParams(temperature=-1)), "-1"),
+        ):
+            status, told = await _refusal(stub, request)
+            assert (status, words in told) == (invalid, True), told
+        status, _ = await _refusal(stub, _request(text="x"), timeout_seconds=0.001)
+        assert status is grpc.StatusCode.DEADLINE_EXCEEDED
+
+        first = stub.GenerateStream(_request(text="x", request_id="same"))
+        assert (await first.read()).WhichOneof("frame") == "accepted"
+        status, told = await _refusal(stub, _request(text="x", request_id="same"))
+        assert (status, "'same'" in told) == (grpc.StatusCode.ALREADY_EXISTS, True), told
+        first.cancel()  # the client leaves in the middle of its answer
+
+
+def _request(
+    *,
+    text: str | None = None,
+    token_ids: inference_pb2.TokenIds | None = None,
+    sampling: inference_pb2.SamplingParams | None = None,
+    request_id: str = "",
+) -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest(
+        request_id=request_id,
+        text=text,
+        token_ids=token_ids,
+        sampling=sampling,
+        stopping=inference_pb2.StoppingParams(max_tokens=300, ignore_eos=True),
+    )
+
+
+async def _refusal(
+    stub: inference_pb2_grpc.InferenceStub,
+    request: inference_pb2.GenerateRequest,
+    timeout_seconds: float | None = None,
+) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(request, timeout=timeout_seconds)
+    return caught.value.code(), caught.value.details() or ""
+
+
+async def _live_sequences(address: str) -> int:
+    """What the attention worker still holds, once it had a moment to let go."""
+    async with rpc.channel(address) as channel:
+        stub = attention_pb2_grpc.AttentionStub(channel)
+        for _ in range(50):
+            stats = await stub.Stats(attention_pb2.AttentionStatsRequest())
+            if live := stats.waiting_sequences + stats.running_sequences:
+                await asyncio.sleep(0.05)
+            else:
+                break
+    return int(live)
