@@ -219,7 +219,8 @@ def test_a_size_must_be_there_and_a_positive_whole_number(key: str) -> None:
     ],
 )
 def test_a_factor_must_be_a_positive_number(key: str) -> None:
-    for value in (0, -1.5, math.nan, math.inf, "1e-6", True, {}):
+    wrong: tuple[Any, ...] = (0, -1.5, math.nan, math.inf, "1e-6", True, {})
+    for value in wrong:
         assert_refused(SMALL | {key: value}, key, value)
 
 
