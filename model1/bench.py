@@ -182,9 +182,9 @@ def run(steps: int, as_json: bool, long_context: bool = True) -> None:
     memory = {side: peak_memory(side) for side in ("ours", "theirs")}
     if as_json:
         rows = [asdict(result) for result in results]
-        print(json.dumps({"machine": _machine(), "cases": rows, "memory_bytes": memory}))
+        print(json.dumps({"machine": machine(), "cases": rows, "memory_bytes": memory}))
         return
-    print(f"mini, bfloat16, one thread, {_machine()}; medians, theirs = transformers")
+    print(f"mini, bfloat16, one thread, {machine()}; medians, theirs = transformers")
     print(f"{'case':<44} {'ours ms':>10} {'theirs ms':>10} {'speed-up':>9}")
     for r in results:
         print(f"{r.case:<44} {r.ours_ms:>10.1f} {r.theirs_ms:>10.1f} {r.ratio:>8.2f}x")
@@ -232,7 +232,7 @@ def _load_theirs(directory: str) -> Any:
     return DeepseekV4ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
 
 
-def _machine() -> str:
+def machine() -> str:
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -64,8 +64,10 @@ class AttentionAbortResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class AttentionStatsRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("crossing_rows",)
+    CROSSING_ROWS_FIELD_NUMBER: _ClassVar[int]
+    crossing_rows: int
+    def __init__(self, crossing_rows: _Optional[int] = ...) -> None: ...
 
 class AttentionStatsResponse(_message.Message):
     __slots__ = ("worker", "draining", "waiting_sequences", "running_sequences", "accepted_requests", "finished_requests", "cancelled_requests", "failed_requests", "steps", "prompt_tokens", "completion_tokens", "largest_batch_tokens", "layer_crossings", "crossing_seconds_p50", "crossing_seconds_p99", "crossing_wait_seconds_p50", "crossing_wait_seconds_p99")

@@ -5,6 +5,7 @@ Knows neither queues nor streams.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from model1.moe import ExpertCall
 from model1.sampling import SamplingParams, sample
 from model1.trunk import Forward, Trunk
 from services.attention.scheduler import Slice
-from services.attention.stats import Counters
+from services.attention.stats import Counters, Crossing
 from services.errors import ExpertsUnavailable
 
 
@@ -81,21 +82,21 @@ class StepRunner:
 
     async def _cross(self, call: ExpertCall, forward: Forward) -> Tensor:
         """One layer's rows out and their sum back, the shared expert in between."""
-        now_s = asyncio.get_running_loop().time
-        start_s = now_s()
+        start_s = time.perf_counter()  # the loop's clock may count whole milliseconds
         try:
             async with asyncio.timeout(self._crossing_timeout_s):
                 pending = await self._experts.submit(call)
                 _resume(forward, None)
-                wait_start_s = now_s()
+                wait_start_s = time.perf_counter()
                 routed = await pending
         except TimeoutError as error:
             raise ExpertsUnavailable(
                 f"layer {call.layer}: no sum of the routed experts within "
                 f"{self._crossing_timeout_s:g} s"
             ) from error
-        end_s = now_s()
-        self._counters.crossed(end_s - start_s, end_s - wait_start_s)
+        end_s = time.perf_counter()
+        num_rows = len(call.rows)
+        self._counters.crossed(Crossing(num_rows, end_s - start_s, end_s - wait_start_s))
         return routed
 
 

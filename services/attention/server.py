@@ -78,7 +78,7 @@ class AttentionService(attention_pb2_grpc.AttentionServicer):
     ) -> attention_pb2.AttentionStatsResponse:
         stats = self._engine.stats()
         counters = stats.counters
-        crossing, wait = counters.crossing_times()
+        crossing, wait = counters.crossing_times(request.crossing_rows or None)
         return attention_pb2.AttentionStatsResponse(
             worker=self._name,
             draining=stats.draining,

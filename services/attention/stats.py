@@ -6,6 +6,7 @@ Knows neither engine nor wire.
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 # Enough for the last few hundred steps of a deep model; older crossings are forgotten.
 MAX_REMEMBERED_CROSSINGS = 8192
@@ -27,6 +28,14 @@ class Percentiles:
         return cls(ordered[round(0.5 * last)], ordered[round(0.99 * last)])
 
 
+class Crossing(NamedTuple):
+    """One layer's rows went out and their sum came back."""
+
+    num_rows: int
+    duration_s: float
+    wait_s: float  # the part of it with nothing to compute
+
+
 @dataclass(slots=True)
 class Counters:
     """Since the engine was built. Every accepted request ends in exactly one of the three."""
@@ -40,20 +49,21 @@ class Counters:
     completion_tokens: int = 0
     largest_batch_tokens: int = 0
     layer_crossings: int = 0
-    _durations_s: deque[float] = field(
+    _crossings: deque[Crossing] = field(
         default_factory=lambda: deque(maxlen=MAX_REMEMBERED_CROSSINGS)
     )
-    _waits_s: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_REMEMBERED_CROSSINGS))
 
-    def crossed(self, duration_s: float, wait_s: float) -> None:
-        """One layer's rows went out and their sum came back."""
+    def crossed(self, crossing: Crossing) -> None:
         self.layer_crossings += 1
-        self._durations_s.append(duration_s)
-        self._waits_s.append(wait_s)
+        self._crossings.append(crossing)
 
-    def crossing_times(self) -> tuple[Percentiles, Percentiles]:
-        """(whole crossings, the part of them with nothing to compute), in seconds."""
-        return Percentiles.of(self._durations_s), Percentiles.of(self._waits_s)
+    def crossing_times(self, num_rows: int | None = None) -> tuple[Percentiles, Percentiles]:
+        """(durations, waits) of all crossings, or of those with `num_rows` rows, in seconds."""
+        chosen = [each for each in self._crossings if num_rows in (None, each.num_rows)]
+        return (
+            Percentiles.of(each.duration_s for each in chosen),
+            Percentiles.of(each.wait_s for each in chosen),
+        )
 
 
 @dataclass(frozen=True, slots=True)

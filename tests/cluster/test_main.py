@@ -36,6 +36,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]
         (("generate", "--token-ids", "1,two"), "'1,two'"),
         (("generate", "--token-ids", "1,-2"), "-2"),
         (("generate", "x", "--endpoint", "nowhere"), "'nowhere'"),
+        (("bench", "serve", "--pairs", "0"), "0"),
         (("frobnicate",), "'frobnicate'"),
         ((), "VERB"),
     ],
@@ -57,7 +58,10 @@ def test_a_wrong_environment_variable_is_a_usage_error(
     assert "MODEL1_GATEWAY__PRT" in err
 
 
-@pytest.mark.parametrize("verb", ["", "demo", "serve", "generate", "status", "train"])
+@pytest.mark.parametrize(
+    "verb",
+    ["", "demo", "serve", "generate", "status", "bench serve", "bench model", "train"],
+)
 def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([*verb.split(), "--help"])

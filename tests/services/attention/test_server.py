@@ -158,6 +158,15 @@ async def test_stats_count_what_happened(stub) -> None:
     assert stats.crossing_seconds_p99 >= stats.crossing_seconds_p50 > 0
 
 
+async def test_crossing_times_can_be_asked_for_one_batch_size(stub) -> None:
+    async for _ in stub.Generate(request("a")):
+        pass
+    decode = await stub.Stats(attention_pb2.AttentionStatsRequest(crossing_rows=1))
+    none = await stub.Stats(attention_pb2.AttentionStatsRequest(crossing_rows=7))
+    assert decode.crossing_seconds_p50 >= decode.crossing_wait_seconds_p50 > 0
+    assert none.crossing_seconds_p99 == 0
+
+
 async def test_drain_aborts_after_the_grace_time_and_admits_nothing_more(stub) -> None:
     call = stub.Generate(request("a", max_tokens=370))
     await accepted(call)
