@@ -129,7 +129,7 @@ def test_rotation_is_row_invariant(rotary: int, dtype: torch.dtype) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("hidden", (16, 30, 192, 512))
-@pytest.mark.parametrize("n", (2, 3, 4, 6))
+@pytest.mark.parametrize("n", (2, 3, 4))
 def test_hyper_connections_are_row_invariant(n: int, hidden: int, dtype: torch.dtype) -> None:
     config = _config(hc_mult=n, hc_sinkhorn_iters=20)
     streams, output = _draw(ROWS, n, hidden, dtype=dtype), _draw(ROWS, hidden, dtype=dtype)
