@@ -38,7 +38,8 @@ def sample(logits: Tensor, params: SamplingParams, position: int) -> int:
     if params.temperature == 0.0:
         return int((logits == logits.max()).nonzero()[0])
     order = logits.double().sort(descending=True, stable=True)
-    probs = torch.softmax(order.values / params.temperature, dim=-1)
+    # From the best downwards: then no temperature, however small, overflows.
+    probs = torch.softmax((order.values - order.values[0]) / params.temperature, dim=-1)
     if params.top_k:
         probs[params.top_k :] = 0.0
     before = probs.cumsum(0) - probs
