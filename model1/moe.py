@@ -112,8 +112,12 @@ class ExpertBank(nn.Module):
         start = 0
         for expert, count in enumerate(counts):
             if count:
-                groups.append((self._slot_of_expert[expert], start, start + count))
+                slot = self._slot_of_expert[expert]
+                assert slot >= 0, f"this bank does not hold expert {expert}"
+                groups.append((slot, start, start + count))
                 start += count
+        if not groups:
+            return rows[:0]
         x = rows[row_index[order]]  # [P, D]
         gate_up = torch.cat([linear(x[a:b], held.w13[slot]) for slot, a, b in groups])  # [P, 2*I]
         gate, up = gate_up.chunk(2, dim=-1)
