@@ -78,8 +78,10 @@ class Model:
     ) -> list[int]:
         """Continue `token_ids` by up to `max_tokens`; stops after an end-of-sequence token.
 
-        Raises `InvalidRequest` as `logits` does, and for sampling parameters out of range.
+        Raises `InvalidRequest` as `logits` does, and for parameters out of range.
         """
+        if max_tokens < 1:
+            raise InvalidRequest(f"max_tokens must be at least 1, not {max_tokens}")
         params = SamplingParams(
             temperature=temperature,
             top_p=top_p,
