@@ -139,6 +139,7 @@ def load_router(name: str, place: Place) -> Serve:
         router = Router(name)
         missing = await router.update(RoutingTable.of(peers.epoch, peers.replicas_of_expert))
         if missing:
+            await router.close()
             raise DeploymentError(f"{name}: no expert replica answers at {', '.join(missing)}")
         # Nobody else may use the experts: mkdtemp makes the folder 0700.
         socket_dir = tempfile.mkdtemp(prefix="router-", dir=place.runtime_dir)

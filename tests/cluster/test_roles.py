@@ -1,0 +1,133 @@
+"""A whole deployment in this process: the supervisor drives the real roles, without Ray."""
+
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from cluster.client import End, Piece, Question, Unreachable, connected
+from cluster.config import Settings, load_settings
+from cluster.local import ask_here
+from cluster.roles import Place, Serve, Serving, load_role
+from cluster.supervisor import Peers, Process, Snapshot, Supervisor
+from cluster.topology import ActorSpec, Role, plan_topology
+from services.rpc import AddressUnavailable
+from tests.services import tiny_model
+
+PROMPT = tiny_model.prompt(20)
+
+
+class RoleHere:
+    """An actor whose process is this one."""
+
+    def __init__(self, spec: ActorSpec, settings: Settings, runtime_dir: Path) -> None:
+        self._spec = spec
+        self._settings = settings
+        self._place = Place("127.0.0.1", runtime_dir)
+        self._serve: Serve
+        self._serving: Serving
+
+    async def load(self) -> Process:
+        self._serve = load_role(
+            self._spec, self._settings, place=self._place, snapshot=self._no_snapshot
+        )
+        return Process(os.getpid(), "here")
+
+    async def serve(self, peers: Peers) -> str:
+        self._serving = await self._serve(peers)
+        return self._serving.address
+
+    async def num_requests(self) -> int:
+        return self._serving.num_requests()
+
+    async def stop(self, grace_seconds: float) -> None:
+        await self._serving.stop(grace_seconds)
+
+    def kill(self) -> None:
+        pass
+
+    async def _no_snapshot(self) -> Snapshot:
+        raise AssertionError("nobody asks for the topology here")
+
+
+@pytest.fixture
+def settings(tiny_checkpoint: Path) -> Settings:
+    flags = {"model.path": tiny_checkpoint, "gateway.port": 0, "topology.attention_workers": 2}
+    return load_settings(environment={}, flags=flags)
+
+
+@asynccontextmanager
+async def deployed_here(settings: Settings, folder: Path) -> AsyncIterator[tuple[str, Supervisor]]:
+    topology = plan_topology(settings.topology, num_experts=4)
+    supervisor = Supervisor(
+        topology, lambda spec: RoleHere(spec, settings, folder), Process(os.getpid(), "here")
+    )
+    endpoint = await supervisor.start(timeout_seconds=30)
+    try:
+        yield endpoint, supervisor
+    finally:
+        await supervisor.stop(grace_seconds=5)
+
+
+@pytest.fixture
+def socket_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("s")  # the path of a Unix socket must be short
+
+
+async def test_the_roles_together_answer_like_the_model(
+    settings: Settings, socket_folder: Path
+) -> None:
+    expected = tiny_model.model().generate(PROMPT, max_tokens=9)
+    async with deployed_here(settings, socket_folder) as (endpoint, supervisor):
+        async with connected(endpoint) as client:
+            frames = [frame async for frame in client.ask(Question(prompt=PROMPT, max_tokens=9))]
+        members = (await supervisor.snapshot()).members
+    token_ids = [token for f in frames[:-1] if isinstance(f, Piece) for token in f.token_ids]
+    assert token_ids == expected
+    assert frames[-1] == End("length", len(PROMPT), len(expected))
+    counts = {role: sum(m.num_requests for m in members if m.spec.role is role) for role in Role}
+    assert counts[Role.GATEWAY] == counts[Role.ATTENTION] == 1
+    num_steps = len(expected)  # the first one computes the prompt
+    assert counts[Role.ROUTER] == num_steps * tiny_model.CONFIG.num_hidden_layers
+    assert counts[Role.EXPERT] >= counts[Role.ROUTER]
+
+
+async def test_only_the_owner_may_open_the_routers_socket(
+    settings: Settings, socket_folder: Path
+) -> None:
+    async with deployed_here(settings, socket_folder):
+        [name] = os.listdir(socket_folder)
+        assert stat.S_IMODE(os.stat(socket_folder / name).st_mode) == 0o700
+    assert os.listdir(socket_folder) == []
+
+
+async def test_a_taken_port_is_told_by_the_gateway(settings: Settings, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        busy = settings.gateway.model_copy(update={"port": port})
+        gateway = RoleHere(
+            ActorSpec("gateway-0", Role.GATEWAY, 0),
+            settings.model_copy(update={"gateway": busy}),
+            tmp_path,
+        )
+        await gateway.load()
+        with pytest.raises(AddressUnavailable, match=str(port)):
+            await gateway.serve(Peers())
+
+
+async def test_answering_locally_is_the_same_answer(settings: Settings) -> None:
+    expected = tiny_model.model().generate(PROMPT, max_tokens=9)
+    frames = [frame async for frame in ask_here(settings, Question(prompt=PROMPT, max_tokens=9))]
+    token_ids = [token for f in frames if isinstance(f, Piece) for token in f.token_ids]
+    assert token_ids == expected
+    assert frames[-1] == End("length", len(PROMPT), len(expected))
+
+
+async def test_a_gateway_that_has_gone_is_unreachable() -> None:
+    with pytest.raises(Unreachable, match=r"127\.0\.0\.1:9"):
+        async with connected("127.0.0.1:9"):
+            pass
