@@ -53,8 +53,8 @@ class Tile:
 
     `window_pages [G, 3]`; `window_bias [G, R, 3 * page_tokens]` float32, 0 or -inf;
     `entry_blocks [G, B]` blocks whose entries the queries may see, padded with block 0 to whole
-    ENTRY_TILEs of HCA entries; `num_csa [G, R]` and `num_hca [G, R]` entries that each query sees;
-    `hca_bias [G, R, B]` float32.
+    ENTRY_TILEs of HCA entries; `num_csa [G, R]` CSA entries that each query sees, and `hca_bias
+    [G, R, B]` float32 for the HCA entries, one a block.
     """
 
     start: int
@@ -65,7 +65,6 @@ class Tile:
     entry_blocks: Tensor
     num_csa: Tensor
     max_csa: int
-    num_hca: Tensor
     max_hca: int
     hca_bias: Tensor
 
@@ -119,6 +118,7 @@ class Batch:
         Raises `PoolExhausted` when the step has more tokens than the pool was built for.
         """
         assert chunks and all(chunk.token_ids for chunk in chunks)
+        assert len({chunk.handle.slot for chunk in chunks}) == len(chunks), "one chunk a sequence"
         ordered = sorted(chunks, key=lambda chunk: len(chunk.token_ids) > 1)
         first_row: dict[int, int] = {}
         row = 0
@@ -219,7 +219,6 @@ def _tile(
         entry_blocks=tensor(blocks),
         num_csa=tensor(num_csa),
         max_csa=int(num_csa.max()),
-        num_hca=tensor(num_hca),
         max_hca=int(num_hca.max()),
         hca_bias=bias(np.arange(padded) < num_hca[:, :, None]),
     )

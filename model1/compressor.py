@@ -31,29 +31,22 @@ def compress(
     rows[:, weights.width :] += weights.ape[plan.phase]
     state = state.flatten(0, 1)
     if plan.num_entries:
+        # Stands for the tokens before the first: no weight in the softmax.
         empty = torch.zeros_like(rows[:1])
-        empty[
-            :, weights.width :
-        ] = -torch.inf  # a window before the first: no weight in the softmax
+        empty[:, weights.width :] = -torch.inf
         gathered = torch.cat([state[plan.old_rows], rows, empty])[plan.sources]
-        c, z = _series(gathered, d=entries.shape[-1])  # [C, slots, d] each
+        c, z = gathered.chunk(2, dim=-1)  # [C, slots, num_series * d] each
+        if weights.num_series == 2:
+            c, z = _overlapped(c), _overlapped(z)
         pooled = (z.softmax(dim=1) * c).sum(dim=1).to(entries.dtype)
         entry = rotate_(rms_norm(pooled, weights.norm.weight, eps), entry_rotations)
         entries.flatten(0, 1).index_copy_(0, plan.entry_rows, entry)
     state.index_copy_(0, plan.saved_rows, rows[plan.saved_tokens])
 
 
-def _series(gathered: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """(c, z) of each slot from rows `[C, slots, 2 * width]`.
-
-    HCA has one series, width d. CSA has two, width 2 * d: the window before an entry's own
+def _overlapped(series: Tensor) -> Tensor:
+    """`[C, 2 * m, 2 * d] -> [C, 2 * m, d]` of CSA's two series: the window before an entry's own
     contributes the first, its own window the second.
     """
-    c, z = gathered.chunk(2, dim=-1)
-    if c.shape[-1] == d:
-        return c, z
-    m = gathered.shape[1] // 2
-    return (
-        torch.cat([c[:, :m, :d], c[:, m:, d:]], dim=1),
-        torch.cat([z[:, :m, :d], z[:, m:, d:]], dim=1),
-    )
+    m, d = series.shape[1] // 2, series.shape[2] // 2
+    return torch.cat([series[:, :m, :d], series[:, m:, d:]], dim=1)

@@ -267,7 +267,7 @@ def _moe(
 ) -> tuple[Tensor, Tensor]:
     """`x [T, D]` -> output `[T, D]`, load `[E]`."""
     scores = F.softplus(F.linear(x.float(), w.gate.weight)).sqrt()  # [T, E]
-    if hasattr(w.gate, "bias"):
+    if not w.gate.is_hashed:
         # The bias steers who is chosen, never how much a chosen expert weighs.
         biased = (scores + w.gate.bias).detach()
         chosen = biased.sort(dim=-1, descending=True, stable=True).indices

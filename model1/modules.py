@@ -81,6 +81,7 @@ class CompressorWeights(nn.Module):
         super().__init__()
         f32 = torch.float32
         self.width = width
+        self.num_series = width // head_dim
         self.wkv_gate, (self.wkv, self.wgate) = _stack((width, width), hidden, f32, device)
         self.ape = nn.Parameter(torch.empty(ratio, width, dtype=f32, device=device))
         self.norm = Weight(torch.empty(head_dim, dtype=f32, device=device))
@@ -154,6 +155,7 @@ class GateWeights(nn.Module):
     def __init__(self, config: ModelConfig, hashed: bool, device: torch.device) -> None:
         super().__init__()
         f32, experts = torch.float32, config.n_routed_experts
+        self.is_hashed = hashed
         self.weight = nn.Parameter(
             torch.empty(experts, config.hidden_size, dtype=f32, device=device)
         )

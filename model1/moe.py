@@ -37,11 +37,11 @@ def route(
     All in float32 (trap T12). Ties in the choice go to the lowest expert id.
     """
     scores = softplus(linear(x.float(), gate.weight)).sqrt()  # [T, E]
-    if hasattr(gate, "bias"):
+    if gate.is_hashed:
+        chosen = gate.tid2eid[token_ids]
+    else:
         ranked = torch.sort(scores + gate.bias, dim=-1, descending=True, stable=True).indices
         chosen = ranked[:, : config.num_experts_per_tok]
-    else:
-        chosen = gate.tid2eid[token_ids]
     ids = chosen.sort(dim=-1).values
     weights = scores.gather(1, ids)
     weights /= weights.sum(dim=-1, keepdim=True).add_(1e-20)

@@ -75,5 +75,5 @@ def _inverse_frequencies(theta: float, dim: int, yarn: YarnConfig | None) -> Ten
     width = max(high - low, 0.001)
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
     stretched = 1.0 / (yarn.factor * powers)
-    keep = 1 - ramp
+    keep = 1 - ramp  # twice over, as transformers writes it: the same bits
     return stretched * (1 - keep) + plain * keep

@@ -198,9 +198,10 @@ def test_entries_lie_where_tiles_look(run: Run) -> None:
             for g, queries in enumerate(_queries(tile, step.rows)):
                 blocks = tile.entry_blocks[g].tolist()
                 for r, (sequence, position) in enumerate(queries):
-                    num_csa, num_hca = int(tile.num_csa[g, r]), int(tile.num_hca[g, r])
-                    assert num_csa == (position + 1) // csa_ratio <= tile.max_csa
-                    assert num_hca == (position + 1) // layout.hca_state_rows <= tile.max_hca
+                    num_csa = (position + 1) // csa_ratio
+                    num_hca = (position + 1) // layout.hca_state_rows
+                    assert num_csa == int(tile.num_csa[g, r]) <= tile.max_csa
+                    assert num_hca <= tile.max_hca
                     for n in range(num_csa):
                         block, inside = divmod(n, layout.csa_per_block)
                         row = blocks[block] * layout.csa_per_block + inside
@@ -227,6 +228,13 @@ def test_a_chunk_must_follow_what_is_committed() -> None:
     handle = pool.allocate(10)
     with pytest.raises(AssertionError, match="follow"):
         Batch.build(pool, [Chunk(handle, 1, [5], 1)])
+
+
+def test_a_sequence_has_one_chunk_in_a_step() -> None:
+    pool = tiny_model.pool()
+    handle = pool.allocate(10)
+    with pytest.raises(AssertionError, match="one chunk a sequence"):
+        Batch.build(pool, [Chunk(handle, 0, [5], 0), Chunk(handle, 0, [5, 6], 1)])
 
 
 def test_a_step_without_tokens_is_nobodys() -> None:

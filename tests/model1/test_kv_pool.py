@@ -136,7 +136,7 @@ class PoolUnderLoad(RuleBasedStateMachine):
 
 
 TestPoolUnderLoad = PoolUnderLoad.TestCase
-TestPoolUnderLoad.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestPoolUnderLoad.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.parametrize("window", (2, 4, 8, 16))
