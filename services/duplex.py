@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Generic, TypeVar
@@ -17,10 +18,15 @@ import grpc.aio
 
 from services import rpc
 
+log = logging.getLogger(__name__)
+
 FIRST_BACKOFF_SECONDS = 0.02
 MAX_BACKOFF_SECONDS = 2.0
 # A server reads no further while its peer leaves this many answers unread.
 MAX_UNWRITTEN_ANSWERS = 64
+# Several times what any sender has under way. Calls that were given up stay in the queue of a peer
+# that reads nothing, so the senders' own bounds do not bound it.
+MAX_UNSENT_MESSAGES = 1024
 # In the initial metadata of every stream: the server's clock, which deadlines may refer to.
 CLOCK_KEY = "model1-clock-seconds"
 
@@ -32,7 +38,7 @@ Message = TypeVar("Message")
 class Duplex(Generic[Request, Response]):
     """`opened` is called with the initial metadata of every new stream, `receive` with each
     message, and `broken` with a reason when the stream ends without being asked to: nothing sent
-    before will be answered any more."""
+    before will be answered any more. A message that the first two cannot take ends the stream."""
 
     def __init__(
         self,
@@ -54,7 +60,8 @@ class Duplex(Generic[Request, Response]):
 
     @property
     def connected(self) -> bool:
-        return self._connected.is_set()
+        """A peer that has stopped reading counts as gone."""
+        return self._connected.is_set() and self._outbox.qsize() < MAX_UNSENT_MESSAGES
 
     @property
     def closed(self) -> bool:
@@ -64,8 +71,7 @@ class Duplex(Generic[Request, Response]):
         await self._connected.wait()
 
     def send(self, message: Request) -> None:
-        """Queue a message; call it only while connected. The queue is as long as the sender lets
-        it: every sender bounds the calls that it has under way.
+        """Queue a message; call it only while connected.
 
         When nothing else waits, one `await asyncio.sleep(0)` later the bytes are in gRPC's hands.
         """
@@ -98,6 +104,8 @@ class Duplex(Generic[Request, Response]):
                     self._broken(reason)
                 except grpc.aio.AioRpcError:
                     pass  # never connected: nobody waits for an answer, the next try is below
+                except Exception:  # of `opened`: somebody else listens there, or a bug
+                    log.exception("stream_refused peer=%s", self.address)
                 finally:
                     stream.cancel()
                 # Half of it at random, so that a thousand peers do not come back at once.
@@ -113,6 +121,9 @@ class Duplex(Generic[Request, Response]):
             return "the peer ended the stream"
         except grpc.aio.AioRpcError as error:
             return f"{error.code().name}: {error.details()}"
+        except Exception as error:  # of `receive`: without the rim no call would ever end again
+            log.exception("message_not_understood peer=%s", self.address)
+            return f"a message could not be taken: {type(error).__name__}: {error}"
         finally:
             writing.cancel()
             # A broken stream fails the write as well; the read has told why.

@@ -74,6 +74,8 @@ def encode_layer_rows(
 
 
 def decode_layer_rows(message: router_pb2.LayerRows) -> LayerRows:
+    if not message.timeout_seconds >= 0:  # NaN would disorder the timers of the whole loop
+        raise MalformedCall(f"timeout_seconds is {message.timeout_seconds}")
     pairs_shape = (message.num_rows, message.experts_per_row)
     return LayerRows(
         layer=message.layer,

@@ -245,7 +245,9 @@ async def _wait_connected(links: dict[str, ReplicaLink], timeout_seconds: float)
         asyncio.create_task(link.wait_connected()) for link in links.values() if not link.connected
     ]
     if waiting:
-        _, late = await asyncio.wait(waiting, timeout=timeout_seconds)
-        for task in late:
-            task.cancel()
+        try:
+            await asyncio.wait(waiting, timeout=timeout_seconds)
+        finally:
+            for task in waiting:
+                task.cancel()
     return tuple(address for address, link in links.items() if not link.connected)

@@ -103,6 +103,8 @@ class _Stream:
                 self._forget(call_id)
             return
         try:
+            if call_id in self._under_way:
+                raise wire.MalformedCall(f"call {call_id} is under way already")
             call = wire.decode_layer_rows(message)
         except wire.MalformedCall as error:
             self._reply(call_id, error)

@@ -60,10 +60,12 @@ def test_expert_rows_come_back_as_they_were() -> None:
         ("dtype", 0, "dtype 0 of rows"),
         ("dtype", 77, "dtype 77 of rows"),
         ("dtype", 2, "needs 24 bytes, got 48"),
+        ("timeout_seconds", float("nan"), "timeout_seconds is nan"),
+        ("timeout_seconds", -1.0, "timeout_seconds is -1.0"),
     ],
 )
 def test_layer_rows_that_contradict_themselves_are_refused(
-    field: str, value: int | bytes, words: str
+    field: str, value: float | bytes, words: str
 ) -> None:
     message = wire.encode_layer_rows(1, _layer_rows(), None)
     setattr(message, field, value)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from protos import expert_pb2, router_pb2, router_pb2_grpc, tensor_pb2
-from services import rpc
+from services import rpc, wire
 from services.errors import ExpertsUnavailable
+from services.wire import LayerRows
 from tests.services.dispatch_plane import (
     DispatchPlane,
     ScriptedExpert,
@@ -135,6 +136,26 @@ async def test_a_wrong_answer_or_a_refusal_sends_the_rows_elsewhere(
         await plane.router.update(table_of(3, EVERY_EXPERT, [[bad]]))
         with pytest.raises(ExpertsUnavailable, match=f"{bad}.*{reason}"):
             await _assert_exact(plane)
+
+
+async def test_a_call_id_used_twice_fails_alone(tmp_path: Path) -> None:
+    async with (
+        dispatch_plane(tmp_path, num_groups=1) as plane,
+        rpc.channel(plane.router_server.address) as channel,
+    ):
+        stream = router_pb2_grpc.RouterStub(channel).Dispatch()
+        await stream.initial_metadata()
+        call = random_call(5)
+        rows = LayerRows(0, call.rows.numpy(), call.expert_ids.numpy(), call.weights.numpy())
+        for _ in range(2):
+            await stream.write(wire.encode_layer_rows(1, rows, None))
+        answers = [await stream.read() for _ in range(2)]
+        assert sorted(answer.error.code for answer in answers) == [
+            grpc.StatusCode.OK.value[0],
+            grpc.StatusCode.INVALID_ARGUMENT.value[0],
+        ]
+        stream.cancel()
+        await _assert_exact(plane)  # the links to the replicas are whole
 
 
 async def test_replicas_of_a_group_share_the_load(tmp_path: Path) -> None:
