@@ -188,12 +188,7 @@ class Engine:
             if live.ending is not None:
                 self._end(live, live.ending)
             elif live.deadline_s is not None and live.deadline_s <= now_s:
-                late = DeadlineExceeded(
-                    f"the deadline passed after {now_s - live.started_s:.3f} s with "
-                    f"{live.sequence.num_answer_tokens} of {live.sequence.request.max_tokens} "
-                    "tokens generated"
-                )
-                self._end(live, late)
+                self._end(live, _late(live))
 
     def _end(self, live: _Live, outcome: FinishReason | Exception) -> None:
         sequence, request = live.sequence, live.sequence.request
@@ -220,7 +215,11 @@ class Engine:
 
     async def _step(self, slices: list[Slice[KVHandle]]) -> None:
         try:
-            token_ids = await self._runner.run(slices)
+            token_ids = await self._runner.run(slices, self._last_deadline_s(slices))
+        except DeadlineExceeded:  # of every request in the step: see _last_deadline_s
+            for piece in slices:
+                live = self._live[piece.sequence.request.request_id]
+                self._end(live, live.ending or _late(live))
         except (ServiceError, ModelError) as error:
             self._fail(slices, error)
         except Exception:
@@ -231,6 +230,12 @@ class Engine:
             self._count(slices)
             for piece, token_id in zip(slices, token_ids, strict=True):
                 self._hand_over(piece, token_id)
+
+    def _last_deadline_s(self, slices: list[Slice[KVHandle]]) -> float | None:
+        """After it the step is of use to nobody; None: there is somebody who waits for ever."""
+        live = [self._live[piece.sequence.request.request_id] for piece in slices]
+        deadlines = [each.deadline_s for each in live if each.deadline_s is not None]
+        return max(deadlines) if len(deadlines) == len(live) else None
 
     def _hand_over(self, piece: Slice[KVHandle], token_id: int | None) -> None:
         finish = self._scheduler.computed(piece, token_id)
@@ -256,6 +261,13 @@ class Engine:
             for piece in slices
         )
         counters.completion_tokens += sum(piece.wants_token for piece in slices)
+
+
+def _late(live: _Live) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"the deadline passed after {_now_s() - live.started_s:.3f} s with "
+        f"{live.sequence.num_answer_tokens} of {live.sequence.request.max_tokens} tokens generated"
+    )
 
 
 def _now_s() -> float:

@@ -16,7 +16,7 @@ class LocalExperts:
         assert len(bank.expert_ids) == bank.config.n_routed_experts
         self._bank = bank
 
-    async def submit(self, call: ExpertCall) -> Awaitable[Tensor]:
+    async def submit(self, call: ExpertCall, timeout_seconds: float) -> Awaitable[Tensor]:
         answer: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
         with torch.inference_mode():
             answer.set_result(local_sum(self._bank, call))

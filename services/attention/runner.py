@@ -19,17 +19,19 @@ from model1.sampling import SamplingParams, sample
 from model1.trunk import Forward, Trunk
 from services.attention.scheduler import Slice
 from services.attention.stats import Counters, Crossing
-from services.errors import ExpertsUnavailable
+from services.errors import DeadlineExceeded, ExpertsUnavailable
 
 
 class Experts(Protocol):
     """Where the routed experts run."""
 
-    async def submit(self, call: ExpertCall) -> Awaitable[Tensor]:
+    async def submit(self, call: ExpertCall, timeout_seconds: float) -> Awaitable[Tensor]:
         """Send the rows off; the result awaits their sum, float32 [T, D].
 
-        Whatever keeps the sum from coming is ExpertsUnavailable. An answer that nobody awaits any
-        more (the step failed or timed out) is dropped quietly.
+        After the timeout nobody wants the sum any more, here or further on.
+
+        Whatever keeps the sum from coming is ExpertsUnavailable or DeadlineExceeded. An answer
+        that nobody awaits any more (the step failed or timed out) is dropped quietly.
         """
         ...
 
@@ -52,9 +54,12 @@ class StepRunner:
         self._counters = counters
         self._crossing_timeout_s = crossing_timeout_s
 
-    async def run(self, slices: Sequence[Slice[KVHandle]]) -> list[int | None]:
+    async def run(
+        self, slices: Sequence[Slice[KVHandle]], deadline_s: float | None
+    ) -> list[int | None]:
         """One token for each slice that wants one, in order.
 
+        After `deadline_s` on the loop's clock nobody wants any of them: DeadlineExceeded.
         When it raises, the KV of all the slices' sequences is half written: free them.
         """
         chunks = [_chunk(piece) for piece in slices]
@@ -62,13 +67,13 @@ class StepRunner:
             batch = Batch.build(self._pool, chunks)
             forward = self._trunk(batch, self._pool)
         try:
-            logits = await self._drive(forward)
+            logits = await self._drive(forward, deadline_s)
         finally:
             forward.close()
         rows = iter(logits)
         return [_draw(piece, next(rows)) if piece.wants_token else None for piece in slices]
 
-    async def _drive(self, forward: Forward) -> Tensor:
+    async def _drive(self, forward: Forward, deadline_s: float | None) -> Tensor:
         """Run the pass to its end; returns its logits [num_logit_rows, vocab] float32."""
         routed: Tensor | None = None
         while True:
@@ -78,18 +83,28 @@ class StepRunner:
                 logits: Tensor = finished.value
                 return logits
             assert call is not None
-            routed = await self._cross(call, forward)
+            routed = await self._cross(call, forward, deadline_s)
 
-    async def _cross(self, call: ExpertCall, forward: Forward) -> Tensor:
+    async def _cross(self, call: ExpertCall, forward: Forward, deadline_s: float | None) -> Tensor:
         """One layer's rows out and their sum back, the shared expert in between."""
         start_s = time.perf_counter()  # the loop's clock may count whole milliseconds
+        timeout_s = self._crossing_timeout_s
+        if deadline_s is not None:
+            timeout_s = min(timeout_s, deadline_s - asyncio.get_running_loop().time())
+        if timeout_s <= 0:
+            raise DeadlineExceeded(f"the deadline passed before the crossing of layer {call.layer}")
         try:
-            async with asyncio.timeout(self._crossing_timeout_s):
-                pending = await self._experts.submit(call)
+            async with asyncio.timeout(timeout_s):
+                pending = await self._experts.submit(call, timeout_s)
                 _resume(forward, None)
                 wait_start_s = time.perf_counter()
                 routed = await pending
-        except TimeoutError as error:
+        except (TimeoutError, DeadlineExceeded) as error:
+            # Whichever hop noticed first: whose time it was decides what the clients are told.
+            if timeout_s < self._crossing_timeout_s:
+                raise DeadlineExceeded(
+                    f"the deadline passed while the routed experts of layer {call.layer} computed"
+                ) from error
             raise ExpertsUnavailable(
                 f"layer {call.layer}: no sum of the routed experts within "
                 f"{self._crossing_timeout_s:g} s"

@@ -36,6 +36,7 @@ class ControlledExperts:
     """Local experts behind a gate that can be shut, and an error that can be set."""
 
     def __init__(self) -> None:
+        self.timeouts: list[float] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.error: Exception | None = None
@@ -43,14 +44,15 @@ class ControlledExperts:
         self.num_calls = 0
         self._local = LocalExperts(tiny_model.model().experts)
 
-    async def submit(self, call: ExpertCall) -> Awaitable[Tensor]:
+    async def submit(self, call: ExpertCall, timeout_seconds: float) -> Awaitable[Tensor]:
         self.num_calls += 1
+        self.timeouts.append(timeout_seconds)
         await self.gate.wait()
         if self.error is not None:
             raise self.error
         if self.num_calls in self.errors_at:
             raise self.errors_at[self.num_calls]
-        return await self._local.submit(call)
+        return await self._local.submit(call, timeout_seconds)
 
 
 @contextlib.asynccontextmanager
@@ -256,6 +258,41 @@ async def test_a_request_ends_at_its_deadline_waiting_or_running() -> None:
             with pytest.raises(DeadlineExceeded, match="of 390 tokens generated"):
                 async for _ in running:
                     pass
+
+
+async def test_hung_experts_hold_a_request_no_longer_than_its_deadline() -> None:
+    experts = ControlledExperts()
+    pool = tiny_model.pool()
+    async with running_engine(experts, pool) as engine:
+        experts.gate.clear()
+        soon = asyncio.get_running_loop().time() + 0.05
+        async with asyncio.timeout(5):
+            with (
+                engine.submit(request("a"), soon - 0.02) as earlier,
+                engine.submit(request("b"), soon) as later,
+            ):
+                for stream in (earlier, later):
+                    with pytest.raises(DeadlineExceeded, match="0 of 8 tokens generated"):
+                        await first_token(stream)
+        assert pool.usage().sequences == 0
+        assert 0 < experts.timeouts[0] <= 0.05  # the experts are told
+
+
+async def test_a_request_without_a_deadline_keeps_the_step_that_it_shares() -> None:
+    experts = ControlledExperts()
+    async with running_engine(experts) as engine:
+        experts.gate.clear()
+        patient = asyncio.create_task(collect(engine, request("patient")))
+        await asyncio.sleep(0)  # it is in the queue, and no step has begun
+        soon = asyncio.get_running_loop().time() + 0.05
+        with engine.submit(request("late"), soon) as late:
+            await asyncio.sleep(0.1)
+            assert experts.timeouts == [30.0]
+            experts.gate.set()
+            with pytest.raises(DeadlineExceeded):
+                async for _ in late:
+                    pass
+            assert (await patient)[0] == oracle(request("patient"))
 
 
 async def test_a_full_queue_refuses_and_says_how_full() -> None:
