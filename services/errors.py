@@ -30,6 +30,8 @@ from model1 import errors as model_errors
 log = logging.getLogger(__name__)
 
 RETRY_DELAY_S = 1.0
+# Characters. They travel in a header, percent-encoded, and gRPC takes 8 KB of headers.
+MAX_STATUS_WORDS = 512
 _STATUS_DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -132,13 +134,15 @@ async def ending_with_status(
     except (grpc.aio.AbortError, grpc.aio.UsageError):
         raise  # the call has ended already: aborted, or its client is gone
     except Exception:
-        log.exception("request_failed request_id=%s", request_id)
+        # Not checked yet: whatever the client sent, in one short line.
+        log.exception("request_failed request_id=%r", request_id[:128])
         await _abort(context, grpc.StatusCode.INTERNAL, "internal error; see the server's log")
 
 
 async def _abort(
     context: grpc.aio.ServicerContext[Any, Any], status: grpc.StatusCode, words: str
 ) -> None:
+    words = words[:MAX_STATUS_WORDS]
     if status is not grpc.StatusCode.RESOURCE_EXHAUSTED:
         await context.abort(status, words)
     retry = error_details_pb2.RetryInfo(

@@ -43,6 +43,8 @@ class GenerationRequest:
                 f"request_id must have 1 to {MAX_REQUEST_ID_LENGTH} characters, "
                 f"not {len(self.request_id)}"
             )
+        if not self.request_id.isprintable():  # it stands in log lines
+            raise InvalidRequest(f"request_id {self.request_id!r} has unprintable characters")
         if not self.token_ids:
             raise InvalidRequest("the prompt is empty")
         if self.max_tokens < 1:

@@ -21,6 +21,8 @@ from grpc_reflection.v1alpha import reflection
 
 # One layer crossing of a 4,096-token chunk at hidden size 7,168 in float32 is 117 MB.
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
+# A prompt of a million tokens as text is about 4 MB; strangers can send nothing larger.
+MAX_PUBLIC_MESSAGE_BYTES = 16 * 1024 * 1024
 KEEPALIVE_INTERVAL_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
 MAX_RECONNECT_BACKOFF_MS = 2_000
@@ -123,14 +125,19 @@ class RunningServer:
 
 
 async def start_server(
-    services: Sequence[Service], address: str, extra_addresses: Sequence[str] = ()
+    services: Sequence[Service],
+    address: str,
+    extra_addresses: Sequence[str] = (),
+    *,
+    max_receive_bytes: int = MAX_MESSAGE_BYTES,
 ) -> RunningServer:
     """Serve `services` with health and reflection; raises AddressUnavailable naming the address.
 
     `extra_addresses` are further listeners of the same server (a router listens on its node's Unix
     socket and, when asked to, on TCP).
     """
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    options = {**dict(SERVER_OPTIONS), "grpc.max_receive_message_length": max_receive_bytes}
+    server = grpc.aio.server(options=list(options.items()))
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     for service in services:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import grpc
 
+from model1.errors import InvalidRequest
 from model1.kv_pool import KVPool
 from model1.trunk import Trunk
 from protos import attention_pb2, attention_pb2_grpc
@@ -106,7 +107,11 @@ class AttentionService(attention_pb2_grpc.AttentionServicer):
             attention_pb2.AttentionDrainRequest, attention_pb2.AttentionDrainResponse
         ],
     ) -> attention_pb2.AttentionDrainResponse:
-        aborted = await self._engine.drain(request.grace_seconds)
+        async with ending_with_status(context):
+            grace_s = request.grace_seconds
+            if not grace_s >= 0:  # NaN would disorder the timers of the whole loop
+                raise InvalidRequest(f"grace_seconds must be 0 or more, not {grace_s}")
+            aborted = await self._engine.drain(grace_s)
         return attention_pb2.AttentionDrainResponse(aborted_requests=aborted)
 
 

@@ -140,5 +140,7 @@ class Gateway:
 
 
 def _cut_short(live: _Live, why: ServiceError) -> None:
+    if live.scope.expired():
+        return  # it is ending already, and a scope on its way out cannot be changed
     live.ending = live.ending or why
     live.scope.reschedule(asyncio.get_running_loop().time())

@@ -157,6 +157,7 @@ class GatewayServer:
                 ),
             ],
             config.address,
+            max_receive_bytes=rpc.MAX_PUBLIC_MESSAGE_BYTES,
         )
         return cls(gateway, server)
 

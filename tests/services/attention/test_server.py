@@ -179,6 +179,14 @@ async def test_drain_aborts_after_the_grace_time_and_admits_nothing_more(stub) -
     assert refused.code() is grpc.StatusCode.UNAVAILABLE
 
 
+@pytest.mark.parametrize("grace_seconds", [float("nan"), -1.0])
+async def test_a_grace_time_that_is_none_drains_nothing(stub, grace_seconds: float) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match="grace_seconds") as refused:
+        await stub.Drain(attention_pb2.AttentionDrainRequest(grace_seconds=grace_seconds))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert not (await stub.Stats(attention_pb2.AttentionStatsRequest())).draining
+
+
 async def test_stopping_lets_a_stream_finish_within_the_grace_time(
     worker: AttentionWorker, stub
 ) -> None:

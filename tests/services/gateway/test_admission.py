@@ -117,6 +117,10 @@ def test_what_is_asked_is_kept(admission: Admission) -> None:
             AskedRequest(prompt=(3,), request_id="x" * 129),
             "request_id must have 1 to 128 characters, not 129",
         ),
+        (
+            AskedRequest(prompt=(3,), request_id="a\nrequest_ended"),
+            r"request_id 'a\nrequest_ended' has unprintable characters",
+        ),
     ],
 )
 def test_a_bad_request_is_refused_by_name_and_bound(

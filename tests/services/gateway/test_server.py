@@ -21,6 +21,9 @@ from services.attention.engine import EngineConfig
 from services.attention.local import LocalExperts
 from services.attention.scheduler import SchedulerLimits
 from services.attention.server import AttentionWorker, AttentionWorkerConfig
+from services.errors import DeadlineExceeded
+from services.gateway.admission import AskedRequest
+from services.gateway.answer import Frame
 from services.gateway.server import GatewayConfig, GatewayServer
 from services.gateway.topology import Member, Topology
 from services.gateway.workers import WorkerAddress
@@ -288,6 +291,45 @@ async def test_abort_ends_the_stream_as_cancelled(deployment: Deployment) -> Non
         grpc.StatusCode.NOT_FOUND,
         "no live request has the id 'mine'",
     )
+
+
+async def test_an_endless_id_is_unknown_and_cut_short(deployment: Deployment) -> None:
+    call = deployment.control.Abort(control_pb2.AbortRequest(request_id="\N{SNOWMAN}" * 100_000))
+    error = await failure(call)
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert "no live request has the id" in (error.details() or "")
+
+
+async def test_a_message_larger_than_any_prompt_is_refused(deployment: Deployment) -> None:
+    error = await failure(deployment.inference.Generate(request("a" * (17 * 1024 * 1024))))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in (error.details() or "")
+    await deployment.inference.Generate(request(max_tokens=1))
+
+
+async def test_a_request_that_is_ending_can_be_aborted_and_drained(deployment: Deployment) -> None:
+    # Its deadline has cut it short, but it has not had its turn to end yet.
+    gateway = deployment.gateway.gateway
+    unwinding, may_end = asyncio.Event(), asyncio.Event()
+
+    async def emit(_frame: Frame) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            unwinding.set()
+            await may_end.wait()
+
+    asked = AskedRequest(prompt=(5, 6, 7), request_id="mine")
+    ending = asyncio.create_task(gateway.generate(asked, 0.05, emit))
+    async with asyncio.timeout(5):
+        await unwinding.wait()
+        gateway.abort("mine")
+        draining = asyncio.create_task(gateway.drain(grace_s=0))
+        await asyncio.sleep(0.01)
+        may_end.set()
+        with pytest.raises(DeadlineExceeded):
+            await ending
+        assert await draining == 1
 
 
 async def test_a_dead_worker_is_named_and_then_avoided(deployment: Deployment) -> None:
