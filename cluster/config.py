@@ -48,7 +48,8 @@ class GatewaySettings(_Section):
 
     @property
     def endpoint(self) -> str:
-        return f"{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
 
 
 class AttentionSettings(_Section):

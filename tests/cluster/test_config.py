@@ -80,6 +80,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_settings(tmp_path / "gone.yaml", environment={})
 
 
+def test_an_ipv6_host_stands_in_brackets() -> None:
+    flags = {"gateway.host": "::1", "gateway.port": "7000"}
+    assert load_settings(environment={}, flags=flags).gateway.endpoint == "[::1]:7000"
+
+
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValidationError):
         Settings().gateway.port = 1  # type: ignore[misc]
