@@ -23,6 +23,7 @@ from cluster.bench_workload import Measured, SidesDiffer, Workload, measure
 from cluster.config import load_settings
 from cluster.deployment import Deployment, Site, deployed, prepared
 from cluster.output import text_table
+from cluster.ray_session import COMPUTE_ENVIRONMENT
 from cluster.serve import cancel_on_signals
 from cluster.topology import Role
 from model1 import shipped_model_dir
@@ -95,7 +96,7 @@ def bench_serve(*, num_pairs: int, as_json: bool) -> None:
 def compare(directory: Path, workload: Workload, *, num_pairs: int, machine: str) -> Report:
     """Raises `SidesDiffer`, or whatever keeps a side from running."""
     # Of both sides, and before any of their processes starts.
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(COMPUTE_ENVIRONMENT)
     flags = {"model.path": directory, "model.dtype": "bfloat16", "gateway.port": 0}
     settings = load_settings(flags=flags)
     _tell("starting Ray")

@@ -6,7 +6,6 @@ The only module that starts or stops Ray. Says which nodes there are, not what r
 import logging
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +15,26 @@ from typing import Any
 
 from cluster.config import ClusterSettings
 from cluster.roles import Place
+from cluster.runtime_dir import LENGTH as RUNTIME_DIR_LENGTH
+from cluster.runtime_dir import runtime_dir
 
 # Ray puts Unix sockets about 70 characters below its folder, and the kernel's limit is 107.
 MAX_TEMP_DIR_LENGTH = 36
 # Nothing of ours travels through the object store, so the least that Ray accepts.
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
+
+# What a process that computes starts with.
+COMPUTE_ENVIRONMENT = {
+    # Two compute threads collapse when anything else runs on a small machine.
+    "OMP_NUM_THREADS": "1",
+    # glibc would hand every large block back to the kernel and fault it in again, thousands of
+    # pages a step: an eighth of an attention worker's time (mini, batch 32). So: one heap for all
+    # threads, blocks up to 32 MiB (glibc's maximum) in it, and it keeps half a GiB.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(512 * 2**20),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+}
 
 
 class RayUnavailable(Exception):
@@ -43,7 +57,8 @@ def ray_session(settings: ClusterSettings, *, num_actors: int) -> Iterator[tuple
     """
     if settings.ray_address is None:
         with _temp_dir(settings.temp_dir) as folder, _own_ray(folder, num_actors):
-            # Ray knows this machine by its outward address; a Ray of our own stays inside.
+            # Our servers stay inside. NOTE: Ray's own do not, they listen on every interface; the
+            # token of `_prepare_environment` is what keeps others out of them.
             yield (Node(_own_node_id(), Place("127.0.0.1", folder)),)
     else:
         with _existing_ray(settings.ray_address):
@@ -88,7 +103,7 @@ def _existing_ray(address: str) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.CRITICAL,
             # Everybody imports the installed package; there is nothing to upload.
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+            runtime_env={"env_vars": COMPUTE_ENVIRONMENT},
         )
     except Exception as error:
         raise RayUnavailable(f"no Ray cluster at {address}: {_first_line(error)}") from error
@@ -125,8 +140,7 @@ def _prepare_environment() -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Ray's default is 15: serving would yield to anything else that runs on the machine.
         "RAY_worker_niceness": "0",
-        # Two compute threads collapse when anything else runs on a small machine.
-        "OMP_NUM_THREADS": "1",
+        **COMPUTE_ENVIRONMENT,
     }.items():
         os.environ.setdefault(name, value)
     if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ:
@@ -146,13 +160,10 @@ def _temp_dir(wanted: Path | None) -> Iterator[Path]:
         yield wanted
         return
     parent = Path(tempfile.gettempdir())
-    if len(str(parent)) > MAX_TEMP_DIR_LENGTH // 2:
+    if len(str(parent)) + RUNTIME_DIR_LENGTH > MAX_TEMP_DIR_LENGTH:
         parent = Path("/tmp")
-    folder = Path(tempfile.mkdtemp(prefix="model1-", dir=parent))
-    try:
+    with runtime_dir(parent) as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _first_line(error: Exception) -> str:
