@@ -16,6 +16,8 @@ from protos import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_g
 from services import rpc
 
 CONNECT_TIMEOUT_SECONDS = 3.0
+# Longer than a supervisor waits for a busy actor.
+CONTROL_TIMEOUT_SECONDS = 15.0
 
 
 class Unreachable(Exception):
@@ -82,21 +84,21 @@ class Client:
     async def topology(self) -> control_pb2.GetTopologyResponse:
         with _named_failures(self.endpoint):
             answer: control_pb2.GetTopologyResponse = await self._control.GetTopology(
-                control_pb2.GetTopologyRequest()
+                control_pb2.GetTopologyRequest(), timeout=CONTROL_TIMEOUT_SECONDS
             )
             return answer
 
     async def server_info(self) -> control_pb2.GetServerInfoResponse:
         with _named_failures(self.endpoint):
             answer: control_pb2.GetServerInfoResponse = await self._control.GetServerInfo(
-                control_pb2.GetServerInfoRequest()
+                control_pb2.GetServerInfoRequest(), timeout=CONTROL_TIMEOUT_SECONDS
             )
             return answer
 
     async def model_info(self) -> control_pb2.GetModelInfoResponse:
         with _named_failures(self.endpoint):
             answer: control_pb2.GetModelInfoResponse = await self._control.GetModelInfo(
-                control_pb2.GetModelInfoRequest()
+                control_pb2.GetModelInfoRequest(), timeout=CONTROL_TIMEOUT_SECONDS
             )
             return answer
 
