@@ -109,10 +109,12 @@ class RunningServer:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_seconds
         await self._health.enter_graceful_shutdown()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(deadline):
-                await asyncio.gather(*(service.drain() for service in self._services))
-        await self._server.stop(max(0.0, deadline - loop.time()))
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await asyncio.gather(*(service.drain() for service in self._services))
+        finally:  # also when a drain fails: a server that was told to stop must not go on listening
+            await self._server.stop(max(0.0, deadline - loop.time()))
 
     async def wait_until_stopped(self) -> None:
         await self._server.wait_for_termination()

@@ -98,3 +98,16 @@ async def test_a_drain_that_does_not_end_is_cut_off_at_the_grace_time() -> None:
         await server.stop(grace_seconds=0.05)
     with pytest.raises(grpc.aio.AioRpcError):
         await _health(server.address)
+
+
+async def test_a_drain_that_fails_still_closes_the_server() -> None:
+    async def failing() -> None:
+        raise ZeroDivisionError
+
+    server = await rpc.start_server(
+        [rpc.Service("model1.v1.Failing", lambda _server: None, failing)], "127.0.0.1:0"
+    )
+    with pytest.raises(ZeroDivisionError):
+        await server.stop(grace_seconds=0.05)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await _health(server.address)
