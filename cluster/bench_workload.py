@@ -6,8 +6,9 @@ Knows neither where a side runs nor how its tokens travel.
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.generation import GenerationRequest
 
@@ -47,6 +48,11 @@ class Workload:
         ]
 
 
+class Arrival(NamedTuple):
+    seconds: float
+    token_id: int
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """One side's answers to a workload, and its speed.
@@ -59,25 +65,29 @@ class Measured:
     decode_tokens_per_second: float
     tokens_per_second: float  # of the whole, prompts included in the time
 
+    @classmethod
+    def of(cls, arrivals: Sequence[Sequence[Arrival]], started: float, ended: float) -> "Measured":
+        begin = max(arrived[0].seconds for arrived in arrivals)
+        end = min(arrived[-1].seconds for arrived in arrivals)
+        decoded = sum(begin < each.seconds <= end for arrived in arrivals for each in arrived)
+        return cls(
+            answers=tuple(tuple(each.token_id for each in arrived) for arrived in arrivals),
+            decode_tokens_per_second=decoded / (end - begin) if end > begin else 0.0,
+            tokens_per_second=sum(map(len, arrivals)) / (ended - started),
+        )
+
 
 async def measure(workload: Workload, generate: Generate) -> Measured:
-    arrivals: list[list[tuple[float, int]]] = [[] for _ in range(workload.batch)]
+    arrivals: list[list[Arrival]] = [[] for _ in range(workload.batch)]
 
-    async def answer(request: GenerationRequest, arrived: list[tuple[float, int]]) -> None:
+    async def answer(request: GenerationRequest, arrived: list[Arrival]) -> None:
         async for token_ids in generate(request):
             now = time.perf_counter()
-            arrived.extend((now, token_id) for token_id in token_ids)
+            arrived.extend(Arrival(now, token_id) for token_id in token_ids)
 
     started = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for request, arrived in zip(workload.requests(), arrivals, strict=True):
             group.create_task(answer(request, arrived))
     ended = time.perf_counter()
-    begin = max(arrived[0][0] for arrived in arrivals)
-    end = min(arrived[-1][0] for arrived in arrivals)
-    decoded = sum(begin < when <= end for arrived in arrivals for when, _ in arrived)
-    return Measured(
-        answers=tuple(tuple(token_id for _, token_id in arrived) for arrived in arrivals),
-        decode_tokens_per_second=decoded / (end - begin) if end > begin else 0.0,
-        tokens_per_second=sum(map(len, arrivals)) / (ended - started),
-    )
+    return Measured.of(arrivals, started, ended)
