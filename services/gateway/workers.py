@@ -5,6 +5,7 @@ and nothing of clients.
 """
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from services.generation import (
     GenerationRequest,
     request_to_wire,
 )
+
+# A worker that refuses at once has the fewest requests under way: every next one would go to it.
+AVOIDED_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +50,17 @@ class Worker:
         self.row = row
         self.num_active = 0
         self.is_retired = False
+        self._avoided_until = -math.inf  # on the loop's clock
         self._channel = rpc.channel(row.address)
         self._stub = attention_pb2_grpc.AttentionStub(self._channel)
 
     @property
     def looks_down(self) -> bool:
-        """The last attempt to connect failed and the next has not succeeded yet."""
-        return self._channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+        """It could not be reached, or was unavailable a moment ago."""
+        return (
+            asyncio.get_running_loop().time() < self._avoided_until
+            or self._channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+        )
 
     async def generate(
         self, request: GenerationRequest, timeout_s: float | None
@@ -65,6 +73,7 @@ class Worker:
         except grpc.aio.AioRpcError as error:
             named = from_rpc_error(error)
             if isinstance(named, Unavailable):
+                self._avoided_until = asyncio.get_running_loop().time() + AVOIDED_SECONDS
                 named = WorkerUnavailable(f"attention worker {self.row.name}: {named}")
             raise named from error
         finally:

@@ -341,6 +341,19 @@ async def test_a_dead_worker_is_named_and_then_avoided(deployment: Deployment) -
     assert answer.worker == "attention-1"
 
 
+async def test_a_worker_that_refuses_is_not_given_every_next_request(
+    deployment: Deployment,
+) -> None:
+    await deployment.workers[0].engine.drain(grace_s=0)  # listens, and admits nothing
+    outcomes = []
+    for _ in range(4):
+        try:
+            outcomes.append((await deployment.inference.Generate(request(max_tokens=1))).worker)
+        except grpc.aio.AioRpcError as error:
+            outcomes.append(error.code().name)
+    assert outcomes == ["UNAVAILABLE", "attention-1", "attention-1", "attention-1"]
+
+
 async def test_a_worker_that_dies_mid_stream_ends_its_requests(deployment: Deployment) -> None:
     call = deployment.inference.GenerateStream(request(max_tokens=390))
     await frame(call, "accepted")
