@@ -130,8 +130,10 @@ It exists to show and test the serving system. It knows the toy world below and 
   countries are the same ones, so fact questions measure memory, not generalisation.
 * Tokenizer: byte-level BPE, {config.vocab_size} tokens, trained on the same corpus and a list of
   everyday words. Many of its tokens never occur in training.
-* Muon for the matrices in the layers, AdamW for the rest; loss on every token but the recall keys
-  and values that are drawn at random; an auxiliary loss teaches the indexer the attention's choice.
+* Muon for the matrices in the layers, AdamW for the rest. Answers weigh three times what other
+  tokens do, recall keys and values drawn at random nothing. An auxiliary loss teaches the indexer
+  the attention's choice. The first layer's queries and keys are built to look 1 to 4 tokens back
+  and stay as built; everything else is learned.
 
 | share of steps | sequence | recall documents | keys up to | CSA layers see |
 | --- | --- | --- | --- | --- |

@@ -87,7 +87,9 @@ class TrainingRun:
         self.trunk = self._on_device(self.trunk, device)
         self.bank.to(device)
         self._optimisers = optimiser.build(
-            [*self.trunk.named_parameters(), *self.bank.named_parameters()], preset.weight_decay
+            # By name: a saved state must not depend on the order of definition.
+            sorted([*self.trunk.named_parameters(), *self.bank.named_parameters()]),
+            preset.weight_decay,
         )
         self.log: list[LossRow] = []
         self._step = 0

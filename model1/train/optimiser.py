@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 _MUON_LEAVES = ("wq_a", "wq_b", "wkv", "wgate", "wo_a", "wo_b", "w1", "w2", "w3", "w13")
+# Left as `initial` builds them: trained, they learn to look past the very words that recall needs.
+LOOK_BACK = tuple(f"layers.0.attn.{name}.weight" for name in ("wq_a", "wq_b", "wkv"))
 _MOMENTUM = 0.95
 _NEWTON_SCHULZ_STEPS = 5
 # Quintic that pulls all singular values towards 1 quickly (Jordan et al., 2024).
@@ -55,12 +57,17 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 def build(
     parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
 ) -> tuple[torch.optim.Optimizer, ...]:
-    """The optimisers that together own all `parameters`; the caller sets their rate each step."""
+    """The optimisers that together own all `parameters`, but those that no gradient moves.
+
+    The caller sets their rate each step. The rest stops requiring gradients.
+    """
     matrices, others, plain = [], [], []
     for name, parameter in parameters:
         leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        if name.endswith("gate.bias"):
-            continue  # moved by the experts' load, not by a gradient
+        if name.endswith("gate.bias") or name in LOOK_BACK:
+            # The experts' load moves the bias, and nothing the first layer's look back.
+            parameter.requires_grad_(False)
+            continue
         if leaf in _MUON_LEAVES and "indexer" not in name:
             matrices.append(parameter)
         elif parameter.dim() >= 2 and not leaf.startswith("hc_"):

@@ -70,30 +70,31 @@ NANO_CONFIG: Final = ModelConfig(
     eos_token_ids=(1,),
 )
 
-# Recall first and short (128 tokens are 32 CSA entries, which the indexer would choose anyway),
-# then longer with a dense window while the indexer learns, then sparse as it will serve.
+# Recall first, alone and short: there it appears within 150 steps; beside stories 500 were not
+# enough. Then mixed and longer, with all entries in view while the indexer learns to choose; then
+# sparse, as it will serve.
 NANO: Final = Preset(
     name="nano",
     config=NANO_CONFIG,
     phases=(
         Phase(
-            share=0.2,
-            sequence_tokens=128,
-            recall_share=0.7,
+            share=0.22,
+            sequence_tokens=64,
+            recall_share=1.0,
             max_keys=4,
             sparse=False,
             indexer_loss=False,
         ),
         Phase(
-            share=0.35,
+            share=0.4,
             sequence_tokens=128,
-            recall_share=0.5,
+            recall_share=0.4,
             max_keys=8,
             sparse=False,
             indexer_loss=False,
         ),
         Phase(
-            share=0.2,
+            share=0.16,
             sequence_tokens=256,
             recall_share=0.4,
             max_keys=16,
@@ -101,7 +102,7 @@ NANO: Final = Preset(
             indexer_loss=True,
         ),
         Phase(
-            share=0.25,
+            share=0.22,
             sequence_tokens=512,
             recall_share=0.4,
             max_keys=32,
@@ -109,9 +110,9 @@ NANO: Final = Preset(
             indexer_loss=True,
         ),
     ),
-    steps=1_000,
+    steps=800,
     batch_tokens=2_048,
-    warmup_steps=30,
+    warmup_steps=20,
     learning_rate=3e-3,
     final_learning_rate=1e-4,
     weight_decay=0.05,
