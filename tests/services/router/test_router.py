@@ -74,6 +74,26 @@ async def test_calls_under_way_on_a_killed_replica_go_to_another(
         assert (link.connected, link.breaks, link.outstanding_pairs) == (False, 1, 0)
 
 
+@pytest.mark.slow
+async def test_calls_under_way_on_a_frozen_replica_go_to_another(
+    tmp_path: Path, replica_process: tuple[subprocess.Popen[str], str]
+) -> None:
+    process, address = replica_process
+    async with dispatch_plane(tmp_path, num_groups=1) as plane:
+        (survivor,) = plane.servers
+        await plane.router.update(table_of(2, EVERY_EXPERT, [[address, survivor]]))
+        os.kill(process.pid, signal.SIGSTOP)  # its socket stays open, and nobody answers
+        frozen = next(link for link in plane.router.links if link.address == address)
+        pending = []
+        while not frozen.outstanding_pairs:
+            pending.append((call := random_call(4), await plane.experts.submit(call)))
+        noticed_ms = rpc.KEEPALIVE_INTERVAL_MS + rpc.KEEPALIVE_TIMEOUT_MS
+        async with asyncio.timeout(noticed_ms / 1000 + 15):
+            for call, sums in pending:
+                assert torch.equal(await sums, plane.expected(call))
+        assert (frozen.connected, frozen.breaks) == (False, 1)
+
+
 async def test_the_last_replica_lost_fails_the_call_and_names_its_group(tmp_path: Path) -> None:
     async with dispatch_plane(tmp_path, num_groups=2) as plane:
         await _assert_exact(plane)
