@@ -64,7 +64,9 @@ async def _serve(address: str, reply_bytes: int) -> None:
     server = await rpc.start_server([rpc.Service(SERVICE, register)], address)
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.read)
-    await server.stop(0)
+    await server.stop(
+        grace_seconds=1.0
+    )  # at once, now that nobody asks; 0 would cut, and be logged
 
 
 if __name__ == "__main__":
