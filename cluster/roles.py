@@ -50,7 +50,8 @@ def load_role(
     """Import and read what the role needs. Blocks; raises whatever keeps the role from running."""
     match spec.role:
         case Role.GATEWAY:
-            return load_gateway(settings.model, settings.gateway, snapshot)
+            room = settings.attention.kv_tokens
+            return load_gateway(settings.model, settings.gateway, snapshot, kv_tokens=room)
         case Role.ATTENTION:
             return load_attention(spec.name, settings.model, settings.attention, place)
         case Role.ROUTER:
@@ -61,8 +62,9 @@ def load_role(
 
 
 def load_gateway(
-    model: ModelSettings, settings: GatewaySettings, snapshot: SnapshotSource
+    model: ModelSettings, settings: GatewaySettings, snapshot: SnapshotSource, *, kv_tokens: int
 ) -> Serve:
+    """`kv_tokens` is what a worker holds: the context that is offered is no longer than that."""
     from services.gateway.server import GatewayConfig, GatewayServer
     from services.gateway.workers import WorkerAddress
 
@@ -74,6 +76,7 @@ def load_gateway(
             model_dir=model_directory(model),
             version=importlib.metadata.version("model1"),
             address=settings.endpoint,
+            max_context_length=kv_tokens,
             default_max_tokens=settings.default_max_tokens,
             max_active_requests=settings.max_active_requests,
         )

@@ -96,6 +96,19 @@ async def test_the_roles_together_answer_like_the_model(
     assert counts[Role.EXPERT] >= counts[Role.ROUTER]
 
 
+async def test_the_context_on_offer_is_what_a_worker_can_hold(
+    tiny_checkpoint: Path, socket_folder: Path
+) -> None:
+    flags = {"model.path": tiny_checkpoint, "gateway.port": 0, "attention.kv_tokens": 40}
+    settings = load_settings(environment={}, flags=flags)
+    async with deployed_here(settings, socket_folder) as (at, _), connected(at) as client:
+        offered = (await client.model_info()).max_context_length
+        frames = [frame async for frame in client.ask(Question(prompt=PROMPT))]
+    assert offered == 40
+    assert isinstance(frames[-1], End)
+    assert len(PROMPT) + frames[-1].completion_tokens <= 40
+
+
 async def test_only_the_owner_may_open_the_routers_socket(
     settings: Settings, socket_folder: Path
 ) -> None:
