@@ -5,6 +5,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = ("cluster", "model1", "protos", "services")
 
