@@ -50,6 +50,7 @@ class Model:
         capacity = PoolCapacity(max_sequences, max_tokens, PREFILL_CHUNK_TOKENS)
         return KVPool(self.config, capacity, self.trunk.dtype, self._device)
 
+    @torch.inference_mode()
     def step(self, pool: KVPool, chunks: Sequence[Chunk]) -> Tensor:
         """One forward step over `chunks`; float32 logits `[num_logit_rows, vocab]`."""
         return run_local(self.trunk(Batch.build(pool, chunks), pool), self.experts)
