@@ -81,7 +81,7 @@ def attention(
     elif kind is AttentionKind.HCA:
         compress(x, weights.compressor, batch.hca, kv.state, kv.entries, turns.hca_entries, eps)
 
-    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    parts = []
     for tile in batch.tiles:
         tiles = [_window_tile(tile, kv)]
         if kind is AttentionKind.CSA:
@@ -89,7 +89,8 @@ def attention(
         elif kind is AttentionKind.HCA:
             tiles += _hca_tiles(tile, kv)
         queries = q[tile.start : tile.end].unflatten(0, (tile.num_sequences, -1))
-        out[tile.start : tile.end] = _attend(queries, tiles, weights.attn_sink).flatten(0, 1)
+        parts.append(_attend(queries, tiles, weights.attn_sink).flatten(0, 1))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)  # [T, H, d] float32
 
     o = rotate_(out, by.inverse()).to(x.dtype)  # V carries the rotation too: turn back (trap T8)
     groups = o.flatten(1).chunk(config.o_groups, dim=-1)  # [T, H/G*d] each

@@ -67,10 +67,11 @@ def _coefficients_numpy(raw: Tensor, base: Tensor, scale: Tensor, config: ModelC
     comb, rows, columns = bordered[:n, :n], bordered[:n], bordered[:, :n]
     np.divide(logits, np.add.reduce(logits, axis=1, keepdims=True), out=comb)
     comb += eps
-    comb /= np.add.reduce(columns, axis=0)
+    total, divide = np.add.reduce, np.divide
+    divide(comb, total(columns, 0), comb)
     for _ in range(config.hc_sinkhorn_iters - 1):
-        comb /= np.add.reduce(rows, axis=1, keepdims=True)
-        comb /= np.add.reduce(columns, axis=0)
+        divide(comb, total(rows, 1, keepdims=True), comb)
+        divide(comb, total(columns, 0), comb)
     return Mix(
         torch.from_numpy((gates[:n] + eps).T),
         torch.from_numpy((gates[n:] * np.float32(2.0)).T),

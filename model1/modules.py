@@ -165,6 +165,9 @@ class GateWeights(nn.Module):
         else:
             self.bias = nn.Parameter(torch.empty(experts, dtype=f32, device=device))
 
+    def pack(self) -> None:
+        _replace(self, "weight", pack(self.weight))
+
 
 class SharedExpertWeights(nn.Module):
     """The expert that every token passes: w1 = gate, w3 = up, w2 = down; `w13` is w1 over w3."""
