@@ -12,7 +12,7 @@ from cluster.serve import cancel_on_signals
 from cluster.status import member_table
 from cluster.supervisor import DeploymentError
 
-PROMPT = "Once upon a time"
+PROMPT = "Once upon a time,"
 MAX_TOKENS = 96
 # Ray kills its workers a moment after it says that it has.
 PROCESS_END_TIMEOUT_SECONDS = 10.0
