@@ -1,16 +1,14 @@
 """The worker's gRPC edge: a real server, a real stub, the tiny model."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from torch import Tensor
 
 from model1.kv_pool import KVHandle, KVPool
-from model1.moe import ExpertCall
 from protos import attention_pb2, attention_pb2_grpc, inference_pb2
 from services import rpc
 from services.attention.engine import EngineConfig
@@ -214,24 +212,17 @@ class LeakyPool(KVPool):
         raise RuntimeError("boom")
 
 
-class DistantExperts(LocalExperts):
-    """Each layer leaves the loop to its servers for a moment, as experts elsewhere do."""
-
-    async def submit(self, call: ExpertCall, timeout_seconds: float) -> Awaitable[Tensor]:
-        await asyncio.sleep(0.001)
-        return await super().submit(call, timeout_seconds)
-
-
 async def test_a_bug_in_the_loop_ends_every_request_and_shows_in_health() -> None:
     model, pool = tiny_model.model(), LeakyPool(tiny_model.CONFIG, tiny_model.pool().capacity)
     limits = SchedulerLimits(max_batch_tokens=16, max_sequences=2)
     config = AttentionWorkerConfig(name="a", engine=EngineConfig(limits=limits))
-    worker = await AttentionWorker.open(model.trunk, pool, DistantExperts(model.experts), config)
+    worker = await AttentionWorker.open(model.trunk, pool, LocalExperts(model.experts), config)
     async with rpc.channel(worker.address) as channel:
         stub = attention_pb2_grpc.AttentionStub(channel)
         calls = [stub.Generate(request(name, max_tokens=370)) for name in ("a", "b", "c")]
         for call in calls:
             await accepted(call)
+        await anext(aiter(calls[0]))  # a token: it holds KV, which the pool will not take back
         calls[0].cancel()
         for call in calls[1:]:
             assert (await failure(call)).code() is grpc.StatusCode.UNAVAILABLE
