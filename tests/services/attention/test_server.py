@@ -219,9 +219,10 @@ async def test_a_bug_in_the_loop_ends_every_request_and_shows_in_health() -> Non
     worker = await AttentionWorker.open(model.trunk, pool, LocalExperts(model.experts), config)
     async with rpc.channel(worker.address) as channel:
         stub = attention_pb2_grpc.AttentionStub(channel)
-        calls = [stub.Generate(request(name, max_tokens=370)) for name in ("a", "b", "c")]
-        for call in calls:
-            await accepted(call)
+        calls = []
+        for name in ("a", "b", "c"):  # one after the other: a is in the batch, c waits
+            calls.append(stub.Generate(request(name, max_tokens=370)))
+            await accepted(calls[-1])
         await anext(aiter(calls[0]))  # a token: it holds KV, which the pool will not take back
         calls[0].cancel()
         for call in calls[1:]:
