@@ -28,8 +28,9 @@ COMPUTE_ENVIRONMENT = {
     # Two compute threads collapse when anything else runs on a small machine.
     "OMP_NUM_THREADS": "1",
     # glibc would hand every large block back to the kernel and fault it in again, thousands of
-    # pages a step: an eighth of an attention worker's time (mini, batch 32). So: one heap for all
-    # threads, blocks up to 32 MiB (glibc's maximum) in it, and it keeps half a GiB.
+    # pages a step: about a tenth of an attention worker's CPU time (mini, batch 32; two runs each
+    # way on a busy machine). So: one heap for all threads, blocks up to 32 MiB (glibc's maximum)
+    # in it, and it keeps half a GiB.
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(512 * 2**20),
