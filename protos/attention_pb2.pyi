@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AttentionGenerateRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "temperature", "top_p", "top_k", "seed", "max_tokens", "stop_token_ids")
+    __slots__ = ("request_id", "token_ids", "temperature", "top_p", "top_k", "seed", "max_tokens", "stop_token_ids", "cache_salt", "session_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,8 @@ class AttentionGenerateRequest(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     temperature: float
@@ -25,7 +27,9 @@ class AttentionGenerateRequest(_message.Message):
     seed: int
     max_tokens: int
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    cache_salt: str
+    session_id: str
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[str] = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class AttentionGenerateResponse(_message.Message):
     __slots__ = ("accepted", "tokens", "final")
@@ -38,8 +42,10 @@ class AttentionGenerateResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[AttentionAccepted, _Mapping]] = ..., tokens: _Optional[_Union[AttentionTokens, _Mapping]] = ..., final: _Optional[_Union[AttentionFinal, _Mapping]] = ...) -> None: ...
 
 class AttentionAccepted(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("kv_root",)
+    KV_ROOT_FIELD_NUMBER: _ClassVar[int]
+    kv_root: bytes
+    def __init__(self, kv_root: _Optional[bytes] = ...) -> None: ...
 
 class AttentionTokens(_message.Message):
     __slots__ = ("token_ids",)
@@ -48,10 +54,12 @@ class AttentionTokens(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AttentionFinal(_message.Message):
-    __slots__ = ("finish_reason",)
+    __slots__ = ("finish_reason", "kv")
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
     finish_reason: _inference_pb2.FinishReason
-    def __init__(self, finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ...) -> None: ...
+    kv: _inference_pb2.KvUsage
+    def __init__(self, finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., kv: _Optional[_Union[_inference_pb2.KvUsage, _Mapping]] = ...) -> None: ...
 
 class AttentionAbortRequest(_message.Message):
     __slots__ = ("request_id",)
@@ -70,7 +78,7 @@ class AttentionStatsRequest(_message.Message):
     def __init__(self, crossing_rows: _Optional[int] = ...) -> None: ...
 
 class AttentionStatsResponse(_message.Message):
-    __slots__ = ("worker", "draining", "waiting_sequences", "running_sequences", "accepted_requests", "finished_requests", "cancelled_requests", "failed_requests", "steps", "prompt_tokens", "completion_tokens", "largest_batch_tokens", "layer_crossings", "crossing_seconds_p50", "crossing_seconds_p99", "crossing_wait_seconds_p50", "crossing_wait_seconds_p99")
+    __slots__ = ("worker", "draining", "waiting_sequences", "running_sequences", "accepted_requests", "finished_requests", "cancelled_requests", "failed_requests", "steps", "prompt_tokens", "completion_tokens", "largest_batch_tokens", "layer_crossings", "crossing_seconds_p50", "crossing_seconds_p99", "crossing_wait_seconds_p50", "crossing_wait_seconds_p99", "kv")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +96,7 @@ class AttentionStatsResponse(_message.Message):
     CROSSING_SECONDS_P99_FIELD_NUMBER: _ClassVar[int]
     CROSSING_WAIT_SECONDS_P50_FIELD_NUMBER: _ClassVar[int]
     CROSSING_WAIT_SECONDS_P99_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
     worker: str
     draining: bool
     waiting_sequences: int
@@ -105,7 +114,52 @@ class AttentionStatsResponse(_message.Message):
     crossing_seconds_p99: float
     crossing_wait_seconds_p50: float
     crossing_wait_seconds_p99: float
-    def __init__(self, worker: _Optional[str] = ..., draining: _Optional[bool] = ..., waiting_sequences: _Optional[int] = ..., running_sequences: _Optional[int] = ..., accepted_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., largest_batch_tokens: _Optional[int] = ..., layer_crossings: _Optional[int] = ..., crossing_seconds_p50: _Optional[float] = ..., crossing_seconds_p99: _Optional[float] = ..., crossing_wait_seconds_p50: _Optional[float] = ..., crossing_wait_seconds_p99: _Optional[float] = ...) -> None: ...
+    kv: AttentionKvStats
+    def __init__(self, worker: _Optional[str] = ..., draining: _Optional[bool] = ..., waiting_sequences: _Optional[int] = ..., running_sequences: _Optional[int] = ..., accepted_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., largest_batch_tokens: _Optional[int] = ..., layer_crossings: _Optional[int] = ..., crossing_seconds_p50: _Optional[float] = ..., crossing_seconds_p99: _Optional[float] = ..., crossing_wait_seconds_p50: _Optional[float] = ..., crossing_wait_seconds_p99: _Optional[float] = ..., kv: _Optional[_Union[AttentionKvStats, _Mapping]] = ...) -> None: ...
+
+class AttentionKvStats(_message.Message):
+    __slots__ = ("asked_tokens", "hit", "restored", "computed_tokens", "skipped_tokens", "failed_tokens", "late_tokens", "saved_blobs", "dropped_blobs", "held_blocks", "cached_blocks", "max_blocks", "pool_bytes")
+    ASKED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HIT_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LATE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAVED_BLOBS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_BLOBS_FIELD_NUMBER: _ClassVar[int]
+    HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    POOL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    asked_tokens: int
+    hit: AttentionTierTokens
+    restored: AttentionTierTokens
+    computed_tokens: int
+    skipped_tokens: int
+    failed_tokens: int
+    late_tokens: int
+    saved_blobs: int
+    dropped_blobs: int
+    held_blocks: int
+    cached_blocks: int
+    max_blocks: int
+    pool_bytes: int
+    def __init__(self, asked_tokens: _Optional[int] = ..., hit: _Optional[_Union[AttentionTierTokens, _Mapping]] = ..., restored: _Optional[_Union[AttentionTierTokens, _Mapping]] = ..., computed_tokens: _Optional[int] = ..., skipped_tokens: _Optional[int] = ..., failed_tokens: _Optional[int] = ..., late_tokens: _Optional[int] = ..., saved_blobs: _Optional[int] = ..., dropped_blobs: _Optional[int] = ..., held_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., max_blocks: _Optional[int] = ..., pool_bytes: _Optional[int] = ...) -> None: ...
+
+class AttentionTierTokens(_message.Message):
+    __slots__ = ("device", "ram", "disk", "peer", "cold")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    RAM_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    COLD_FIELD_NUMBER: _ClassVar[int]
+    device: int
+    ram: int
+    disk: int
+    peer: int
+    cold: int
+    def __init__(self, device: _Optional[int] = ..., ram: _Optional[int] = ..., disk: _Optional[int] = ..., peer: _Optional[int] = ..., cold: _Optional[int] = ...) -> None: ...
 
 class AttentionDrainRequest(_message.Message):
     __slots__ = ("grace_seconds",)
@@ -118,3 +172,15 @@ class AttentionDrainResponse(_message.Message):
     ABORTED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     aborted_requests: int
     def __init__(self, aborted_requests: _Optional[int] = ...) -> None: ...
+
+class AttentionReleaseRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class AttentionReleaseResponse(_message.Message):
+    __slots__ = ("blocks",)
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    def __init__(self, blocks: _Optional[int] = ...) -> None: ...

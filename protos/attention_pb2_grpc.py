@@ -54,6 +54,11 @@ class AttentionStub:
                 request_serializer=protos_dot_attention__pb2.AttentionDrainRequest.SerializeToString,
                 response_deserializer=protos_dot_attention__pb2.AttentionDrainResponse.FromString,
                 _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/model1.v1.Attention/Release',
+                request_serializer=protos_dot_attention__pb2.AttentionReleaseRequest.SerializeToString,
+                response_deserializer=protos_dot_attention__pb2.AttentionReleaseResponse.FromString,
+                _registered_method=True)
 
 
 class AttentionServicer:
@@ -87,6 +92,13 @@ class AttentionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Release(self, request, context):
+        """Gives the device memory of blocks back that no live request holds. Costs time, never an answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AttentionServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +121,11 @@ def add_AttentionServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=protos_dot_attention__pb2.AttentionDrainRequest.FromString,
                     response_serializer=protos_dot_attention__pb2.AttentionDrainResponse.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=protos_dot_attention__pb2.AttentionReleaseRequest.FromString,
+                    response_serializer=protos_dot_attention__pb2.AttentionReleaseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +236,33 @@ class Attention:
             '/model1.v1.Attention/Drain',
             protos_dot_attention__pb2.AttentionDrainRequest.SerializeToString,
             protos_dot_attention__pb2.AttentionDrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.Attention/Release',
+            protos_dot_attention__pb2.AttentionReleaseRequest.SerializeToString,
+            protos_dot_attention__pb2.AttentionReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

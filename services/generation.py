@@ -12,6 +12,8 @@ from model1.errors import InvalidRequest
 from protos import attention_pb2, inference_pb2
 
 MAX_REQUEST_ID_LENGTH = 128
+MAX_SESSION_ID_LENGTH = 128
+MAX_CACHE_SALT_LENGTH = 256
 
 
 class FinishReason(StrEnum):
@@ -36,6 +38,8 @@ class GenerationRequest:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    cache_salt: str = ""  # KV is shared among requests with the same salt
+    session_id: str = ""  # for the log: the history is in token_ids
 
     def __post_init__(self) -> None:
         if not self.request_id or len(self.request_id) > MAX_REQUEST_ID_LENGTH:
@@ -43,8 +47,17 @@ class GenerationRequest:
                 f"request_id must have 1 to {MAX_REQUEST_ID_LENGTH} characters, "
                 f"not {len(self.request_id)}"
             )
-        if not self.request_id.isprintable():  # it stands in log lines
-            raise InvalidRequest(f"request_id {self.request_id!r} has unprintable characters")
+        for name, value, max_length in (
+            ("session_id", self.session_id, MAX_SESSION_ID_LENGTH),
+            ("cache_salt", self.cache_salt, MAX_CACHE_SALT_LENGTH),
+        ):
+            if len(value) > max_length:
+                raise InvalidRequest(
+                    f"{name} must have at most {max_length} characters, not {len(value)}"
+                )
+        for name, value in (("request_id", self.request_id), ("session_id", self.session_id)):
+            if not value.isprintable():  # it stands in log lines
+                raise InvalidRequest(f"{name} {value!r} has unprintable characters")
         if not self.token_ids:
             raise InvalidRequest("the prompt is empty")
         if self.max_tokens < 1:
@@ -72,6 +85,8 @@ def request_to_wire(request: GenerationRequest) -> attention_pb2.AttentionGenera
         top_p=request.top_p,
         top_k=request.top_k,
         seed=request.seed,
+        cache_salt=request.cache_salt,
+        session_id=request.session_id,
     )
 
 
@@ -86,6 +101,8 @@ def request_from_wire(message: attention_pb2.AttentionGenerateRequest) -> Genera
         top_p=message.top_p,
         top_k=message.top_k,
         seed=message.seed,
+        cache_salt=message.cache_salt,
+        session_id=message.session_id,
     )
 
 
