@@ -1,1 +1,1 @@
-"""The KV store of a node: blocks in RAM, on disk, at peers and in Redis. Knows no model and no Ray."""
+"""A node's KV blocks: in RAM, on disk, at peers and in Redis. Knows no model and no Ray."""

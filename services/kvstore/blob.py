@@ -1,0 +1,199 @@
+"""The form in which KV state lies in every tier: one header, one payload, both checksummed.
+
+    offset size
+      0     8   magic
+      8     2   format version
+     10     2   kind
+     12     4   token position where the range starts
+     16     4   token position where it ends (exclusive)
+     20     4   0
+     24     8   payload length in bytes
+     32    32   key
+     64    16   model digest
+     80    16   layout digest
+     96     8   0
+    104     8   xxh3_64 of the payload
+    112     8   0
+    120     8   xxh3_64 of bytes 0..119
+
+Integers are little-endian. The header is a multiple of 64 bytes, so that a payload in an aligned
+buffer is aligned for vector loads. Every reader verifies; what does not verify is `Damaged`: a tier
+counts it and treats it as a miss. Knows no tier, and not what a payload means.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+import xxhash
+
+from services.kv_keys import DIGEST_BYTES, KEY_BYTES
+
+HEADER_BYTES = 128
+FORMAT_VERSION = 1
+
+_MAGIC = b"MODEL1KV"
+_CHECKED = struct.Struct(f"<8sHHII4xQ{KEY_BYTES}s{DIGEST_BYTES}s{DIGEST_BYTES}s8xQ8x")
+_CHECKSUM = struct.Struct("<Q")
+_BLANK = bytes(HEADER_BYTES)
+
+
+class BlobKind(IntEnum):
+    BODY = 1  # the compressed entries and index keys of one block, all layers
+    TAIL = 2  # what resuming at a boundary needs beside the bodies before it
+
+
+class DamageReason(StrEnum):
+    """Why a blob is not what was asked for, in the order in which it is looked at."""
+
+    TRUNCATED = "truncated"
+    MAGIC = "magic"
+    VERSION = "version"
+    HEADER_CHECKSUM = "header_checksum"
+    HEADER_FIELD = "header_field"
+    KEY = "key"
+    MODEL = "model"
+    LAYOUT = "layout"
+    PAYLOAD_CHECKSUM = "payload_checksum"
+
+
+class Damaged(Exception):
+    """These bytes are not the blob that was asked for. Never served; recomputed instead."""
+
+    def __init__(self, reason: DamageReason) -> None:
+        super().__init__(f"damaged blob: {reason}")
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class BlobHeader:
+    """What a blob says about itself. Tokens [start, end) of one sequence."""
+
+    kind: BlobKind
+    key: bytes
+    model_digest: bytes
+    layout_digest: bytes
+    start: int
+    end: int
+    payload_nbytes: int
+
+    def __post_init__(self) -> None:
+        for name, value, length in (
+            ("key", self.key, KEY_BYTES),
+            ("model digest", self.model_digest, DIGEST_BYTES),
+            ("layout digest", self.layout_digest, DIGEST_BYTES),
+        ):
+            if len(value) != length:
+                raise ValueError(f"a blob's {name} has {length} bytes, got {len(value)}")
+        if not 0 <= self.start <= self.end < 2**32:
+            raise ValueError(f"not a token range: [{self.start}, {self.end})")
+        if self.payload_nbytes < 0:
+            raise ValueError(f"a payload of {self.payload_nbytes} bytes")
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole blob."""
+        return HEADER_BYTES + self.payload_nbytes
+
+
+def seal_into(buffer: memoryview, header: BlobHeader, fill: Callable[[memoryview], None]) -> None:
+    """Make `buffer` the blob: `fill` writes the whole payload, the header goes in last.
+
+    `buffer` is writable, one-dimensional bytes, at least `header.nbytes` long. Until this returns,
+    and for ever if `fill` raises, what lies there is not a blob for any reader.
+    """
+    payload = buffer[HEADER_BYTES : header.nbytes]
+    if len(payload) != header.payload_nbytes:
+        raise ValueError(f"{len(buffer)} bytes have no room for a blob of {header.nbytes}")
+    buffer[:HEADER_BYTES] = _BLANK
+    fill(payload)
+    checked = _CHECKED.pack(
+        _MAGIC,
+        FORMAT_VERSION,
+        header.kind,
+        header.start,
+        header.end,
+        header.payload_nbytes,
+        header.key,
+        header.model_digest,
+        header.layout_digest,
+        xxhash.xxh3_64_intdigest(payload),
+    )
+    buffer[:HEADER_BYTES] = checked + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(checked))
+
+
+def read_header(buffer: memoryview) -> BlobHeader:
+    """The header at the start of `buffer`, verified by itself; the payload need not be there.
+
+    Raises Damaged.
+    """
+    return _read_header(buffer)[0]
+
+
+def check_blob(buffer: memoryview, key: bytes) -> BlobHeader:
+    """Verify that `buffer` starts with the blob of `key`, whatever its model; raises Damaged."""
+    header, payload_checksum = _read_header(buffer)
+    if header.key != key:
+        raise Damaged(DamageReason.KEY)
+    _check_payload(buffer, header, payload_checksum)
+    return header
+
+
+def open_blob(
+    buffer: memoryview, *, key: bytes, model_digest: bytes, layout_digest: bytes
+) -> memoryview:
+    """The payload of the blob at the start of `buffer`, a view and no copy.
+
+    Raises Damaged unless it is the blob of `key`, of this model in this layout, bit for bit as it
+    was sealed.
+    """
+    header, payload_checksum = _read_header(buffer)
+    if header.key != key:
+        raise Damaged(DamageReason.KEY)
+    if header.model_digest != model_digest:
+        raise Damaged(DamageReason.MODEL)
+    if header.layout_digest != layout_digest:
+        raise Damaged(DamageReason.LAYOUT)
+    return _check_payload(buffer, header, payload_checksum)
+
+
+def _read_header(buffer: memoryview) -> tuple[BlobHeader, int]:
+    """The verified header and the checksum that its payload must have."""
+    if len(buffer) < HEADER_BYTES:
+        raise Damaged(DamageReason.TRUNCATED)
+    checked = bytes(buffer[: _CHECKED.size])
+    magic, version, kind, start, end, payload_nbytes, key, model_digest, layout_digest, payload = (
+        _CHECKED.unpack(checked)
+    )
+    if magic != _MAGIC:
+        raise Damaged(DamageReason.MAGIC)
+    if version != FORMAT_VERSION:
+        raise Damaged(DamageReason.VERSION)
+    (checksum,) = _CHECKSUM.unpack(buffer[_CHECKED.size : HEADER_BYTES])
+    if checksum != xxhash.xxh3_64_intdigest(checked):
+        raise Damaged(DamageReason.HEADER_CHECKSUM)
+    try:
+        header = BlobHeader(
+            kind=BlobKind(kind),
+            key=key,
+            model_digest=model_digest,
+            layout_digest=layout_digest,
+            start=start,
+            end=end,
+            payload_nbytes=payload_nbytes,
+        )
+    except ValueError as error:  # sealed by something that is not this code
+        raise Damaged(DamageReason.HEADER_FIELD) from error
+    return header, payload
+
+
+def _check_payload(buffer: memoryview, header: BlobHeader, checksum: int) -> memoryview:
+    payload = buffer[HEADER_BYTES : header.nbytes]
+    if len(payload) != header.payload_nbytes:
+        raise Damaged(DamageReason.TRUNCATED)
+    if xxhash.xxh3_64_intdigest(payload) != checksum:
+        raise Damaged(DamageReason.PAYLOAD_CHECKSUM)
+    return payload
