@@ -42,10 +42,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self._token_bytes)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids with begin-of-sentence in front."""
+    def encode(self, text: str, *, goes_on: bool = False) -> list[int]:
+        """Ids with begin-of-sentence in front, unless the text goes on from earlier ids."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids]
+        return ids if goes_on else [self.bos_id, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Special tokens are left out; bytes that are no valid UTF-8 become U+FFFD."""

@@ -24,37 +24,37 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\tmodel1.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc3\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.model1.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.model1.v1.SamplingParams\x12+\n\x08stopping\x18\x05 \x01(\x0b\x32\x19.model1.v1.StoppingParamsB\x08\n\x06prompt\"n\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x01\x88\x01\x01\x42\x08\n\x06_top_pB\x07\n\x05_seed\"d\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\r\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x42\r\n\x0b_max_tokens\"Y\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1e\n\x02kv\x18\x03 \x01(\x0b\x32\x12.model1.v1.KvUsage\"\x8c\x01\n\x07KvUsage\x12\x15\n\rdevice_tokens\x18\x01 \x01(\r\x12\x12\n\nram_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x64isk_tokens\x18\x03 \x01(\r\x12\x13\n\x0bpeer_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x63old_tokens\x18\x05 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x06 \x01(\r\"\xa8\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.model1.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.model1.v1.Usage\x12\x0e\n\x06worker\x18\x06 \x01(\t\"\x90\x01\n\x16GenerateStreamResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.model1.v1.AcceptedH\x00\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.model1.v1.DeltaH\x00\x12!\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x10.model1.v1.FinalH\x00\x42\x07\n\x05\x66rame\".\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\"A\n\x05\x44\x65lta\x12\x17\n\x0fsequence_number\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"X\n\x05\x46inal\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.model1.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.model1.v1.Usage*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa3\x01\n\tInference\x12\x43\n\x08Generate\x12\x1a.model1.v1.GenerateRequest\x1a\x1b.model1.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.model1.v1.GenerateRequest\x1a!.model1.v1.GenerateStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\tmodel1.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xeb\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.model1.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.model1.v1.SamplingParams\x12+\n\x08stopping\x18\x05 \x01(\x0b\x32\x19.model1.v1.StoppingParams\x12\x12\n\nsession_id\x18\x06 \x01(\t\x12\x12\n\ncache_salt\x18\x07 \x01(\tB\x08\n\x06prompt\"n\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x01\x88\x01\x01\x42\x08\n\x06_top_pB\x07\n\x05_seed\"d\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\r\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x42\r\n\x0b_max_tokens\"Y\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1e\n\x02kv\x18\x03 \x01(\x0b\x32\x12.model1.v1.KvUsage\"\x8c\x01\n\x07KvUsage\x12\x15\n\rdevice_tokens\x18\x01 \x01(\r\x12\x12\n\nram_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x64isk_tokens\x18\x03 \x01(\r\x12\x13\n\x0bpeer_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x63old_tokens\x18\x05 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x06 \x01(\r\"\xa8\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.model1.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.model1.v1.Usage\x12\x0e\n\x06worker\x18\x06 \x01(\t\"\x90\x01\n\x16GenerateStreamResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.model1.v1.AcceptedH\x00\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.model1.v1.DeltaH\x00\x12!\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x10.model1.v1.FinalH\x00\x42\x07\n\x05\x66rame\".\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\"A\n\x05\x44\x65lta\x12\x17\n\x0fsequence_number\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"X\n\x05\x46inal\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.model1.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.model1.v1.Usage*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa3\x01\n\tInference\x12\x43\n\x08Generate\x12\x1a.model1.v1.GenerateRequest\x1a\x1b.model1.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.model1.v1.GenerateRequest\x1a!.model1.v1.GenerateStreamResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1231
-  _globals['_FINISHREASON']._serialized_end=1326
+  _globals['_FINISHREASON']._serialized_start=1271
+  _globals['_FINISHREASON']._serialized_end=1366
   _globals['_TOKENIDS']._serialized_start=37
   _globals['_TOKENIDS']._serialized_end=60
   _globals['_GENERATEREQUEST']._serialized_start=63
-  _globals['_GENERATEREQUEST']._serialized_end=258
-  _globals['_SAMPLINGPARAMS']._serialized_start=260
-  _globals['_SAMPLINGPARAMS']._serialized_end=370
-  _globals['_STOPPINGPARAMS']._serialized_start=372
-  _globals['_STOPPINGPARAMS']._serialized_end=472
-  _globals['_USAGE']._serialized_start=474
-  _globals['_USAGE']._serialized_end=563
-  _globals['_KVUSAGE']._serialized_start=566
-  _globals['_KVUSAGE']._serialized_end=706
-  _globals['_GENERATERESPONSE']._serialized_start=709
-  _globals['_GENERATERESPONSE']._serialized_end=877
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=880
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1024
-  _globals['_ACCEPTED']._serialized_start=1026
-  _globals['_ACCEPTED']._serialized_end=1072
-  _globals['_DELTA']._serialized_start=1074
-  _globals['_DELTA']._serialized_end=1139
-  _globals['_FINAL']._serialized_start=1141
-  _globals['_FINAL']._serialized_end=1229
-  _globals['_INFERENCE']._serialized_start=1329
-  _globals['_INFERENCE']._serialized_end=1492
+  _globals['_GENERATEREQUEST']._serialized_end=298
+  _globals['_SAMPLINGPARAMS']._serialized_start=300
+  _globals['_SAMPLINGPARAMS']._serialized_end=410
+  _globals['_STOPPINGPARAMS']._serialized_start=412
+  _globals['_STOPPINGPARAMS']._serialized_end=512
+  _globals['_USAGE']._serialized_start=514
+  _globals['_USAGE']._serialized_end=603
+  _globals['_KVUSAGE']._serialized_start=606
+  _globals['_KVUSAGE']._serialized_end=746
+  _globals['_GENERATERESPONSE']._serialized_start=749
+  _globals['_GENERATERESPONSE']._serialized_end=917
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=920
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1064
+  _globals['_ACCEPTED']._serialized_start=1066
+  _globals['_ACCEPTED']._serialized_end=1112
+  _globals['_DELTA']._serialized_start=1114
+  _globals['_DELTA']._serialized_end=1179
+  _globals['_FINAL']._serialized_start=1181
+  _globals['_FINAL']._serialized_end=1269
+  _globals['_INFERENCE']._serialized_start=1369
+  _globals['_INFERENCE']._serialized_end=1532
 # @@protoc_insertion_point(module_scope)

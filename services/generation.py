@@ -24,6 +24,18 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvUsage:
+    """Where the KV state of a prompt's tokens came from; a token counts once."""
+
+    device_tokens: int = 0
+    ram_tokens: int = 0
+    disk_tokens: int = 0
+    peer_tokens: int = 0
+    cold_tokens: int = 0
+    computed_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """A request whose values make sense; whether they fit a model is for its holder to check.
 
@@ -103,6 +115,28 @@ def request_from_wire(message: attention_pb2.AttentionGenerateRequest) -> Genera
         seed=message.seed,
         cache_salt=message.cache_salt,
         session_id=message.session_id,
+    )
+
+
+def kv_usage_to_wire(usage: KvUsage) -> inference_pb2.KvUsage:
+    return inference_pb2.KvUsage(
+        device_tokens=usage.device_tokens,
+        ram_tokens=usage.ram_tokens,
+        disk_tokens=usage.disk_tokens,
+        peer_tokens=usage.peer_tokens,
+        cold_tokens=usage.cold_tokens,
+        computed_tokens=usage.computed_tokens,
+    )
+
+
+def kv_usage_from_wire(message: inference_pb2.KvUsage) -> KvUsage:
+    return KvUsage(
+        device_tokens=message.device_tokens,
+        ram_tokens=message.ram_tokens,
+        disk_tokens=message.disk_tokens,
+        peer_tokens=message.peer_tokens,
+        cold_tokens=message.cold_tokens,
+        computed_tokens=message.computed_tokens,
     )
 
 

@@ -41,6 +41,8 @@ class AskedRequest:
 
     prompt: str | tuple[int, ...] | None
     request_id: str = ""
+    session_id: str = ""  # empty: not a turn of a session
+    cache_salt: str = ""
     sampling: AskedSampling = AskedSampling()
     stopping: AskedStopping = AskedStopping()
 
@@ -64,22 +66,24 @@ class Admission:
         longest = max(len(tokenizer.token_bytes(token)) for token in range(limits.vocab_size))
         self._max_text_bytes = limits.max_context_length * max(longest, LONGEST_SPECIAL_BYTES)
 
-    def admit(self, asked: AskedRequest) -> GenerationRequest:
-        """Raises InvalidRequest with a message that names the value and its bound."""
+    def admit(self, asked: AskedRequest, history: tuple[int, ...] = ()) -> GenerationRequest:
+        """`history` is what the session said before. Raises InvalidRequest with a message that
+        names the value and its bound."""
         limits = self.limits
-        token_ids = self._encoded(asked.prompt)
+        new_ids = self._encoded(asked.prompt, goes_on=bool(history))
+        token_ids = history + new_ids
+        prompt = f"the prompt has {len(new_ids)} tokens"
+        if history:
+            prompt += f" after {len(history)} of the session"
         room = limits.max_context_length - len(token_ids)
         if room < 0:
-            raise InvalidRequest(
-                f"the prompt has {len(token_ids)} tokens, the context is "
-                f"{limits.max_context_length} tokens"
-            )
+            raise InvalidRequest(f"{prompt}, the context is {limits.max_context_length} tokens")
         if room == 0:
             raise InvalidRequest(
-                f"the prompt has {len(token_ids)} tokens and fills the context of "
-                f"{limits.max_context_length} tokens: there is no room for an answer"
+                f"{prompt} and fills the context of {limits.max_context_length} tokens: there is "
+                "no room for an answer"
             )
-        check_token_ids(token_ids, limits.vocab_size, "the prompt")
+        check_token_ids(new_ids, limits.vocab_size, "the prompt")
         max_tokens = asked.stopping.max_tokens
         if max_tokens is None:
             max_tokens = min(limits.default_max_tokens, room)
@@ -101,9 +105,11 @@ class Admission:
             top_k=sampling.top_k,
             # Drawn here, not by the worker: whichever worker goes on draws the same tokens.
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            session_id=asked.session_id,
+            cache_salt=asked.cache_salt,
         )
 
-    def _encoded(self, prompt: str | tuple[int, ...] | None) -> tuple[int, ...]:
+    def _encoded(self, prompt: str | tuple[int, ...] | None, *, goes_on: bool) -> tuple[int, ...]:
         if prompt is None:
             raise InvalidRequest("the request has no prompt: set text or token_ids")
         if not prompt:
@@ -116,4 +122,4 @@ class Admission:
                 f"the prompt has {len(prompt)} characters, more than a context of "
                 f"{self.limits.max_context_length} tokens can hold"
             )
-        return tuple(self.tokenizer.encode(prompt))
+        return tuple(self.tokenizer.encode(prompt, goes_on=goes_on))

@@ -18,6 +18,8 @@ def request_from_wire(message: inference_pb2.GenerateRequest) -> AskedRequest:
     return AskedRequest(
         prompt=prompt,
         request_id=message.request_id,
+        session_id=message.session_id,
+        cache_salt=message.cache_salt,
         sampling=AskedSampling(
             temperature=sampling.temperature,
             top_p=sampling.top_p if sampling.HasField("top_p") else None,

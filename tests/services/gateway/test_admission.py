@@ -44,6 +44,24 @@ def test_the_default_answer_length_ends_at_the_context(admission: Admission) -> 
     assert admission.admit(AskedRequest(prompt=tiny_model.prompt(30))).max_tokens == 2
 
 
+def test_a_turn_goes_on_from_the_history(admission: Admission) -> None:
+    request = admission.admit(
+        AskedRequest(prompt="hi", session_id="tea", cache_salt="mine"), history=(0, 7, 8, 1)
+    )
+    assert request.token_ids[:4] == (0, 7, 8, 1)
+    assert 0 not in request.token_ids[4:]  # one begin-of-sentence a session
+    assert (request.session_id, request.cache_salt) == ("tea", "mine")
+
+
+def test_a_history_takes_its_room_of_the_context(admission: Admission) -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"has 3 tokens after 30 of the session, the context is 32"
+    ):
+        admission.admit(AskedRequest(prompt=(5, 6, 7)), history=tiny_model.prompt(30))
+    with pytest.raises(InvalidRequest, match=r"has 2 tokens after 30 of the session and fills"):
+        admission.admit(AskedRequest(prompt=(5, 6)), history=tiny_model.prompt(30))
+
+
 def test_what_is_asked_is_kept(admission: Admission) -> None:
     request = admission.admit(
         AskedRequest(
