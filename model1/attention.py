@@ -15,7 +15,7 @@ from model1.batch import ENTRY_TILE, Batch, Tile
 from model1.compressor import compress
 from model1.config import AttentionKind, ModelConfig
 from model1.indexer import IndexQueries
-from model1.kv_pool import LayerKV
+from model1.kv_arrays import LayerKV
 from model1.modules import AttentionWeights
 from model1.numerics import bmm, linear, rms_norm
 from model1.rope import Rope, Rotation, rotate_
@@ -68,7 +68,7 @@ def attention(
     q = linear(q_latent, weights.wq_b.weight).unflatten(-1, (-1, config.head_dim))  # [T, H, d]
     q = rotate_(rms_norm(q, None, eps), by)
     row = rotate_(rms_norm(row, weights.kv_norm.weight, eps), by)
-    kv.window.flatten(0, 1).index_copy_(0, batch.window_rows, row)
+    kv.window.write(batch.window_rows, row)
 
     index: IndexQueries | None = None
     if kind is AttentionKind.CSA:
@@ -127,13 +127,13 @@ def _attend(q: Tensor, tiles: list[_KeyTile], sink: Tensor) -> Tensor:
 
 
 def _window_tile(tile: Tile, kv: LayerKV) -> _KeyTile:
-    return _KeyTile(kv.window[tile.window_pages].flatten(1, 2), tile.window_bias)
+    return _KeyTile(kv.window.gather_units(tile.window_pages), tile.window_bias)
 
 
 def _hca_tiles(tile: Tile, kv: LayerKV) -> list[_KeyTile]:
     return [
         _KeyTile(
-            kv.entries[tile.entry_blocks[:, first : first + ENTRY_TILE]].flatten(1, 2),
+            kv.entries.gather_units(tile.entry_blocks[:, first : first + ENTRY_TILE]),
             tile.hca_bias[:, :, first : first + ENTRY_TILE],
         )
         for first in range(0, tile.max_hca, ENTRY_TILE)
@@ -143,24 +143,24 @@ def _hca_tiles(tile: Tile, kv: LayerKV) -> list[_KeyTile]:
 def _csa_tiles(tile: Tile, kv: LayerKV, index: IndexQueries | None, topk: int) -> list[_KeyTile]:
     if tile.max_csa == 0:
         return []
-    per_block = kv.entries.shape[1]
-    flat = kv.entries.flatten(0, 1)
+    per_block, block_stride = kv.entries.per_unit, kv.entries.unit_stride
+    device = tile.num_csa.device
     if tile.max_csa <= topk:  # every visible entry is chosen: the queries share their keys
-        number = torch.arange(-(-tile.max_csa // ENTRY_TILE) * ENTRY_TILE, device=flat.device)
+        number = torch.arange(-(-tile.max_csa // ENTRY_TILE) * ENTRY_TILE, device=device)
         block = tile.entry_blocks[:, number // per_block]
-        rows = (block * per_block + number % per_block).unsqueeze(1)  # [G, 1, K]
+        rows = (block * block_stride + number % per_block).unsqueeze(1)  # [G, 1, K]
         visible = number < tile.num_csa.unsqueeze(-1)
     else:
         assert index is not None
         number = index.select(tile, kv.index_keys, topk)  # [G, R, topk]
         visible = number < tile.num_csa.unsqueeze(-1)
         block = tile.entry_blocks.gather(1, (number // per_block).flatten(1)).view(number.shape)
-        rows = F.pad(block * per_block + number % per_block, (0, -topk % ENTRY_TILE))
+        rows = F.pad(block * block_stride + number % per_block, (0, -topk % ENTRY_TILE))
         visible = F.pad(visible, (0, -topk % ENTRY_TILE))
-    bias = torch.zeros(visible.shape, device=flat.device).masked_fill_(~visible, -torch.inf)
+    bias = torch.zeros(visible.shape, device=device).masked_fill_(~visible, -torch.inf)
     return [
         _KeyTile(
-            flat[rows[..., first : first + ENTRY_TILE].flatten(0, 1)],
+            kv.entries.gather(rows[..., first : first + ENTRY_TILE].flatten(0, 1)),
             bias[..., first : first + ENTRY_TILE],
         )
         for first in range(0, rows.shape[-1], ENTRY_TILE)

@@ -20,7 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model1.kv_pool import KVHandle, KVLayout, KVPool
+from model1.config import AttentionKind
+from model1.kv_layout import KVLayout
+from model1.kv_pool import KVHandle, KVPool
 
 ENTRY_TILE = 64
 """Compressed entries are attended to this many at a time; part of the numeric contract."""
@@ -73,11 +75,11 @@ class Tile:
 class Compression:
     """Which windows close in this step, for layers of one kind.
 
-    Rows are numbered in `[old state rows | this step's T rows | one empty row]`.
-    `old_rows [O]` flat state rows to read first; `sources [C, slots]` the rows of each closing
-    window; `entry_rows [C]` flat entry rows to write; `entry_positions [C]` rotary position of
-    each entry (its first token: trap T7); `saved_tokens [N]` -> `saved_rows [N]` the step's
-    tokens to keep in the state; `phase [T]` position within the window.
+    `old_rows [O]` state rows to read first; `sources [C, slots]` the rows of each closing window,
+    numbered in `[old state rows | this step's T rows | one empty row]`; `entry_rows [C]` entry rows
+    to write; `entry_positions [C]` rotary position of each entry (its first token: trap T7);
+    `saved_tokens [N]` -> `saved_rows [N]` the step's tokens to keep in the state; `phase [T]`
+    position within the window.
     """
 
     old_rows: Tensor
@@ -146,8 +148,8 @@ class Batch:
                 np.concatenate([_window_rows(layout, c) for c in ordered]),
             ),
             tiles=_tiles(layout, ordered, pool.device),
-            csa=_compression(layout, ordered, layout.csa_state_rows // 2, 2, tensor),
-            hca=_compression(layout, ordered, layout.hca_state_rows, 1, tensor),
+            csa=_compression(layout, ordered, AttentionKind.CSA, tensor),
+            hca=_compression(layout, ordered, AttentionKind.HCA, tensor),
             logit_rows=tensor(np.concatenate(logit_rows)),
         )
 
@@ -156,7 +158,7 @@ def _window_rows(layout: KVLayout, chunk: Chunk) -> _Ints:
     positions = np.arange(chunk.start, chunk.end)
     pages = np.array(chunk.handle.pages, dtype=np.int64)
     page_of = pages[positions // layout.page_tokens - chunk.handle.first_page]
-    return page_of * layout.page_tokens + positions % layout.page_tokens
+    return page_of * layout.arrays["window"].unit_rows + positions % layout.page_tokens
 
 
 def _tiles(layout: KVLayout, chunks: Sequence[Chunk], device: torch.device) -> tuple[Tile, ...]:
@@ -185,8 +187,7 @@ def _tile(
 ) -> Tile:
     page_tokens = layout.page_tokens
     queries = np.array(starts)[:, None] + np.arange(num_queries)  # [G, R]
-    csa_ratio = layout.csa_state_rows // 2
-    num_csa = (queries + 1) // csa_ratio
+    num_csa = (queries + 1) // layout.csa_ratio
     num_hca = (queries + 1) // layout.hca_state_rows
     blocks_needed = [-(-int(n) // layout.csa_per_block) for n in num_csa[:, -1]]
     padded = -(-max(blocks_needed) // ENTRY_TILE) * ENTRY_TILE
@@ -227,11 +228,15 @@ def _tile(
 def _compression(
     layout: KVLayout,
     chunks: Sequence[Chunk],
-    ratio: int,
-    windows_read: int,
+    kind: AttentionKind,
     tensor: Callable[[_Ints], Tensor],
 ) -> Compression:
-    """`windows_read` is 2 for CSA (an entry also reads the window before its own), else 1."""
+    if kind is AttentionKind.CSA:  # an entry also reads the window before its own
+        ratio, windows_read = layout.csa_ratio, 2
+        entries, state = layout.arrays["csa_entries"], layout.arrays["csa_state"]
+    else:
+        ratio, windows_read = layout.hca_state_rows, 1
+        entries, state = layout.arrays["hca_entries"], layout.arrays["hca_state"]
     per_block = layout.block_tokens // ratio
     state_rows = ratio * windows_read
     old_rows: list[_Ints] = []
@@ -248,14 +253,15 @@ def _compression(
             slots = (windows[:, None] - windows_read + 1) * ratio + np.arange(state_rows)
             first = max(0, int(slots[0, 0]))
             old = np.arange(first, start)
-            old_rows.append(handle.slot * state_rows + old % state_rows)
+            old_rows.append(handle.slot * state.unit_rows + old % state_rows)
             closing.append((slots, start, row, num_old - first))
             num_old += old.size
-            entry_rows.append(handle.blocks[windows // per_block] * per_block + windows % per_block)
+            block = handle.blocks[windows // per_block]
+            entry_rows.append(block * entries.unit_rows + windows % per_block)
             entry_positions.append(windows * ratio)
         kept = np.arange(max(start, (end // ratio - windows_read + 1) * ratio), end)
         saved_tokens.append(row + kept - start)
-        saved_rows.append(handle.slot * state_rows + kept % state_rows)
+        saved_rows.append(handle.slot * state.unit_rows + kept % state_rows)
         row += end - start
     sources = [
         np.where(p < 0, num_old + row, np.where(p < start, p + base, p - start + num_old + first))

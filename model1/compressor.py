@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model1.batch import Compression
+from model1.kv_arrays import Rows
 from model1.modules import CompressorWeights
 from model1.numerics import linear, rms_norm
 from model1.rope import Rotation, rotate_
@@ -17,31 +18,30 @@ def compress(
     x: Tensor,
     weights: CompressorWeights,
     plan: Compression,
-    state: Tensor,
-    entries: Tensor,
+    state: Rows,
+    entries: Rows,
     entry_rotations: Rotation,
     eps: float,
 ) -> None:
     """Write the entries that close in this step, then keep the open windows' rows.
 
-    `x [T, D]`; `state [slots, rows, 2 * width]` float32 and `entries [blocks, n, d]` are updated
-    in place; `entry_rotations` turns the C entries.
+    `x [T, D]`; `state`, rows of `2 * width` in float32, and `entries`, rows of d, are updated in
+    place; `entry_rotations` turns the C entries.
     """
     rows = linear(x.float(), weights.wkv_gate)  # [T, 2*width]
     rows[:, weights.width :] += weights.ape[plan.phase]
-    state = state.flatten(0, 1)
     if plan.num_entries:
         # Stands for the tokens before the first: no weight in the softmax.
         empty = torch.zeros_like(rows[:1])
         empty[:, weights.width :] = -torch.inf
-        gathered = torch.cat([state[plan.old_rows], rows, empty])[plan.sources]
+        gathered = torch.cat([state.gather(plan.old_rows), rows, empty])[plan.sources]
         c, z = gathered.chunk(2, dim=-1)  # [C, slots, num_series * d] each
         if weights.num_series == 2:
             c, z = _overlapped(c), _overlapped(z)
         pooled = (z.softmax(dim=1) * c).sum(dim=1).to(entries.dtype)
         entry = rotate_(rms_norm(pooled, weights.norm.weight, eps), entry_rotations)
-        entries.flatten(0, 1).index_copy_(0, plan.entry_rows, entry)
-    state.index_copy_(0, plan.saved_rows, rows[plan.saved_tokens])
+        entries.write(plan.entry_rows, entry)
+    state.write(plan.saved_rows, rows[plan.saved_tokens])
 
 
 def _overlapped(series: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model1.batch import Tile
 from model1.config import ModelConfig
+from model1.kv_arrays import Rows
 from model1.modules import IndexerWeights
 from model1.numerics import bmm, linear
 from model1.rope import Rotation, rotate_
@@ -40,10 +41,10 @@ class IndexQueries:
         self._head_weights = linear(x, weights.weights_proj.weight).float()
         self._head_weights = self._head_weights * (dim * heads) ** -0.5
 
-    def select(self, tile: Tile, index_keys: Tensor, topk: int) -> Tensor:
+    def select(self, tile: Tile, index_keys: Rows, topk: int) -> Tensor:
         """Entry numbers `[G, R, topk]` int64, ascending; numbers the query cannot see come last.
 
-        `index_keys [blocks, entries per block, d_index]`. Needs more than topk entries in the tile.
+        `index_keys` are rows of d_index. Needs more than topk entries in the tile.
         """
         scores = self._scores(tile, index_keys)
         number = torch.arange(scores.shape[-1], device=scores.device)
@@ -51,9 +52,9 @@ class IndexQueries:
         chosen = (_ordered_bits(scores) - number).topk(topk, dim=-1, sorted=False).indices
         return chosen.sort(dim=-1).values
 
-    def _scores(self, tile: Tile, index_keys: Tensor) -> Tensor:
+    def _scores(self, tile: Tile, index_keys: Rows) -> Tensor:
         """`I[t, w] = sum_h a[t, h] * relu(q[t, h] . k[w])` -> float32 `[G, R, entries]`."""
-        g, per_block = tile.num_sequences, index_keys.shape[1]
+        g, per_block = tile.num_sequences, index_keys.per_unit
         _, heads, dim = self._q.shape
         q = self._q[tile.start : tile.end].reshape(g, -1, dim)  # [G, R*heads, d]
         a = self._head_weights[tile.start : tile.end].view(g, -1, heads, 1)
@@ -63,7 +64,7 @@ class IndexQueries:
         parts = []
         for first in range(0, num_blocks, step):
             blocks = tile.entry_blocks[:, first : min(first + step, num_blocks)]
-            keys = index_keys[blocks].flatten(1, 2).float()  # [G, E, d]
+            keys = index_keys.gather_units(blocks).float()  # [G, E, d]
             dots = bmm(q, keys.mT).relu_().view(g, -1, heads, keys.shape[1])
             parts.append((dots * a).sum(dim=2))
         return torch.cat(parts, dim=-1)

@@ -1,29 +1,45 @@
 """The device KV pool: every kind of state a sequence has, in fixed arrays handed out by index.
 
-Three kinds of unit, each with its own free list:
+Three kinds of unit:
 
 * a *block* covers `hca_ratio` (128) tokens and holds what grows with the sequence: CSA entries,
-  indexer keys and HCA entries. One boundary (design rule 4) ends each block.
+  indexer keys and HCA entries. One boundary (design rule 4) ends each block. Blocks may be shared
+  and may outlive their sequences (`model1.kv_blocks`).
 * a *window page* covers half a sliding window (64 tokens) of roped K=V rows of every layer; pages
   that fell out of the window are given back after each step.
-* a *slot* holds a sequence's compressor state: the raw (c, z) rows of the open windows, float32,
-  z with ape already added (trap T17).
+* a *slot* holds a sequence's compressor state: the raw (c, z) rows of the open windows.
+
+What leaves the device and comes back is of two kinds. A *body* is one block's bytes. A *tail* is
+what a sequence that stands at a boundary P needs beside the bodies of [0, P):
+
+    window rows [P - W + 1, P)       all layers; the next query sees no older ones
+    c and z of tokens [P - 4, P)     CSA layers and their indexers, first series only: the next
+                                     window's entry reads no more of the window before it (T18)
+    nothing of HCA layers            their window has just closed
 
 The pool owns all of it; sequences hold a `KVHandle`. Knows nothing of schedules or tiers.
 Page 0 and block 0 are never handed out: padding in index tensors points at them, and they stay
-zero.
+zero. Rows that a query may not see are masked, not skipped, so the arrays never hold a NaN.
+
+Thread-safe: one other thread may read and write units while a step runs, on other sequences.
 """
 
+import threading
+import time
 from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from model1.config import AttentionKind, ModelConfig
-from model1.errors import PoolExhausted
+from model1.config import ModelConfig
+from model1.errors import ConfigError, PoolExhausted
+from model1.kv_arrays import LayerKV, UnitArray
+from model1.kv_blocks import BlockTable
+from model1.kv_bytes import KVBytes, ReadableBuffer, TailPlace, WritableBuffer, readable, writable
+from model1.kv_layout import KVLayout, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,84 +54,53 @@ class PoolCapacity:
     max_tokens: int
     max_step_tokens: int
 
-
-@dataclass(frozen=True, slots=True)
-class KVLayout:
-    """Shapes of one model's KV state: rows per unit and widths, declared in this one place."""
-
-    window: int  # W tokens
-    page_tokens: int  # W / 2
-    block_tokens: int  # hca_ratio
-    csa_per_block: int  # CSA entries in a block
-    csa_state_rows: int  # 2 * csa_ratio: previous and current window
-    hca_state_rows: int  # hca_ratio
-    head_dim: int
-    index_dim: int
-    kinds: tuple[AttentionKind, ...]
-
     @classmethod
-    def of(cls, config: ModelConfig) -> "KVLayout":
-        return cls(
-            window=config.sliding_window,
-            page_tokens=config.sliding_window // 2,
-            block_tokens=config.hca_ratio,
-            csa_per_block=config.hca_ratio // config.csa_ratio,
-            csa_state_rows=2 * config.csa_ratio,
-            hca_state_rows=config.hca_ratio,
-            head_dim=config.head_dim,
-            index_dim=config.index_head_dim,
-            kinds=config.attention_kinds,
-        )
-
-
-class LayerKV:
-    """The arrays of one layer; which exist depends on the layer's kind.
-
-    window `[pages, page_tokens, d]`; entries `[blocks, entries per block, d]`; index keys
-    `[blocks, entries per block, d_index]`; compressor states `[slots, rows, 2 * width]` float32
-    (c columns, then z columns).
-    """
-
-    def __init__(
-        self,
-        layout: KVLayout,
-        kind: AttentionKind,
-        units: "_Units",
+    def within(
+        cls,
+        num_bytes: int,
+        config: ModelConfig,
         dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
+        *,
+        max_sequences: int,
+        max_step_tokens: int,
+    ) -> "PoolCapacity":
+        """As many tokens as a pool of at most `num_bytes` holds.
 
-        d, di, f32 = layout.head_dim, layout.index_dim, torch.float32
-        self.window = zeros(units.pages, layout.page_tokens, d)
-        if kind is AttentionKind.CSA:
-            self.entries = zeros(units.blocks, layout.csa_per_block, d)
-            self.index_keys = zeros(units.blocks, layout.csa_per_block, di)
-            self.state = zeros(units.slots, layout.csa_state_rows, 4 * d, dtype=f32)
-            self.index_state = zeros(units.slots, layout.csa_state_rows, 4 * di, dtype=f32)
-        elif kind is AttentionKind.HCA:
-            self.entries = zeros(units.blocks, 1, d)
-            self.state = zeros(units.slots, layout.hca_state_rows, 2 * d, dtype=f32)
+        Raises `ConfigError` where that is not even one block.
+        """
+        layout = KVLayout.of(config, dtype)
+        smallest = cls(max_sequences, layout.block_tokens, max_step_tokens)
+        least = smallest.num_bytes(layout)
+        if least > num_bytes:
+            raise ConfigError(
+                f"{max_sequences} sequences in steps of {max_step_tokens} tokens need a KV pool of "
+                f"at least {least} bytes, not {num_bytes}"
+            )
+        num_blocks = 1 + (num_bytes - least) // layout.nbytes(Unit.BLOCK)
+        return cls(max_sequences, num_blocks * layout.block_tokens, max_step_tokens)
 
-    def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in vars(self).values())
+    def num_units(self, layout: KVLayout) -> dict[Unit, int]:
+        """Units that a pool has, the zero page and block among them."""
+        # Before a step a sequence holds at most 3 pages, and one more than its tokens fill in it.
+        num_pages = 4 * self.max_sequences + -(-self.max_step_tokens // layout.page_tokens)
+        num_blocks = -(-self.max_tokens // layout.block_tokens)
+        return {Unit.PAGE: num_pages + 1, Unit.BLOCK: num_blocks + 1, Unit.SLOT: self.max_sequences}
 
-
-@dataclass(frozen=True, slots=True)
-class _Units:
-    pages: int
-    blocks: int
-    slots: int
+    def num_bytes(self, layout: KVLayout) -> int:
+        return sum(n * layout.nbytes(unit) for unit, n in self.num_units(layout).items())
 
 
 @dataclass(slots=True, eq=False)
 class KVHandle:
-    """What one sequence holds. Made and changed by the pool only."""
+    """What one sequence holds. Made and changed by the pool only.
+
+    The first `num_shared` of `blocks` may be others' too and are never written.
+    """
 
     max_tokens: int
     slot: int
     blocks: npt.NDArray[np.int64]
+    num_shared: int = 0
     num_tokens: int = 0  # [0, num_tokens) is committed
     first_page: int = 0  # number of the first page in `pages`; page p covers [p*P, (p+1)*P)
     pages: deque[int] = field(default_factory=deque)
@@ -123,7 +108,11 @@ class KVHandle:
 
 @dataclass(frozen=True, slots=True)
 class PoolUsage:
-    """Units held and in all, and the bytes of the arrays."""
+    """Units held and in all, and the bytes of the arrays.
+
+    `blocks` are held by sequences or pins (`pinned_blocks` of them); `cached_blocks` are nobody's
+    and give way when blocks are needed.
+    """
 
     sequences: int
     max_sequences: int
@@ -132,10 +121,12 @@ class PoolUsage:
     pages: int
     max_pages: int
     num_bytes: int
+    cached_blocks: int
+    pinned_blocks: int
 
 
 class KVPool:
-    """Owner of all KV state on one device."""
+    """Owner of all KV state on one device. `clock` tells seconds, for `forget_idle`."""
 
     def __init__(
         self,
@@ -143,55 +134,191 @@ class KVPool:
         capacity: PoolCapacity,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.layout = layout = KVLayout.of(config)
+        self.layout = layout = KVLayout.of(config, dtype)
         self.capacity = capacity
         self.device = torch.device(device)
         self.max_sequence_tokens = min(config.max_position_embeddings, capacity.max_tokens)
-        num_blocks = -(-capacity.max_tokens // layout.block_tokens)
-        # A sequence spans at most 3 pages between steps (W tokens, unaligned) and opens at most
-        # one more than its new tokens fill; see `grow_window`.
-        num_pages = 4 * capacity.max_sequences + -(-capacity.max_step_tokens // layout.page_tokens)
-        self._units = _Units(num_pages + 1, num_blocks + 1, capacity.max_sequences)
-        self.layers = [
-            LayerKV(layout, kind, self._units, dtype, self.device) for kind in layout.kinds
-        ]
-        self._free_pages = list(range(num_pages, 0, -1))
-        self._free_blocks = list(range(num_blocks, 0, -1))
-        self._free_slots = list(range(capacity.max_sequences - 1, -1, -1))
+        self._num_units = units = capacity.num_units(layout)
+        arrays = {
+            name: UnitArray(spec, units[spec.unit], self.device)
+            for name, spec in layout.arrays.items()
+        }
+        self.layers = [LayerKV(layer, kind, arrays) for layer, kind in enumerate(layout.kinds)]
+        self.layout_digest = layout.digest(self.device)
+        self._bytes = KVBytes(layout, arrays)
+        self._lock = threading.Lock()  # of all that follows
+        self._free_pages = list(range(units[Unit.PAGE] - 1, 0, -1))
+        self._free_slots = list(range(units[Unit.SLOT] - 1, -1, -1))
+        self._blocks = BlockTable(units[Unit.BLOCK] - 1, clock)
         self._held: set[KVHandle] = set()
 
-    def can_allocate(self, num_tokens: int) -> bool:
-        """Would `allocate(num_tokens)` succeed now?"""
-        return bool(self._free_slots) and self._num_blocks(num_tokens) <= len(self._free_blocks)
+    @property
+    def body_nbytes(self) -> int:
+        return self._bytes.body_nbytes
 
-    def allocate(self, num_tokens: int) -> KVHandle:
+    @property
+    def tail_nbytes(self) -> int:
+        return self._bytes.tail_nbytes
+
+    def can_allocate(self, num_tokens: int, shared: Sequence[int] = ()) -> bool:
+        """Would `allocate(num_tokens, shared)` succeed now?"""
+        with self._lock:
+            num_blocks = self._num_blocks(num_tokens) - len(shared)
+            return bool(self._free_slots) and num_blocks <= self._blocks.num_available(shared)
+
+    def allocate(self, num_tokens: int, shared: Sequence[int] = ()) -> KVHandle:
         """Reserve all that a sequence of at most `num_tokens` tokens can ever need.
 
-        Raises `PoolExhausted` when there is no room now.
+        `shared`, from `lookup`, become its first blocks: the sequence goes on from a tail at their
+        end or later. Raises `PoolExhausted` when there is no room now.
         """
-        num_blocks = self._num_blocks(num_tokens)
-        if not self.can_allocate(num_tokens):
-            raise PoolExhausted(
-                f"{num_tokens} tokens need {num_blocks} KV blocks and a sequence slot; free are "
-                f"{len(self._free_blocks)} blocks and {len(self._free_slots)} slots"
-            )
-        blocks = [self._free_blocks.pop() for _ in range(num_blocks)]
-        handle = KVHandle(num_tokens, self._free_slots.pop(), np.array(blocks, dtype=np.int64))
-        self._held.add(handle)
-        return handle
+        with self._lock:
+            num_blocks = self._num_blocks(num_tokens) - len(shared)
+            assert num_blocks >= 0, "shared blocks beyond the sequence's end"
+            available = self._blocks.num_available(shared)
+            if num_blocks > available or not self._free_slots:
+                raise PoolExhausted(
+                    f"{num_tokens} tokens need {num_blocks} KV blocks and a sequence slot; free "
+                    f"are {available} blocks and {len(self._free_slots)} slots"
+                )
+            blocks = np.array(self._blocks.claim(num_blocks, shared), dtype=np.int64)
+            handle = KVHandle(num_tokens, self._free_slots.pop(), blocks, len(shared))
+            self._held.add(handle)
+            return handle
 
     def free(self, handle: KVHandle) -> None:
-        """Give everything back; the handle is dead afterwards."""
-        self._held.remove(handle)
-        self._free_blocks.extend(reversed(handle.blocks.tolist()))
-        self._free_slots.append(handle.slot)
-        self._free_pages.extend(handle.pages)
-        handle.blocks, handle.pages = np.zeros(0, dtype=np.int64), deque()
+        """Give everything back; the handle is dead afterwards. Named blocks stay cached."""
+        with self._lock:
+            self._held.remove(handle)
+            self._blocks.release(handle.blocks.tolist())
+            self._free_slots.append(handle.slot)
+            self._free_pages.extend(handle.pages)
+            handle.blocks, handle.pages = np.zeros(0, dtype=np.int64), deque()
 
     def grow_window(self, handle: KVHandle, end: int) -> None:
         """Hold window pages for all positions in `[num_tokens, end)`."""
-        assert handle in self._held and end <= handle.max_tokens
+        with self._lock:
+            assert handle in self._held and end <= handle.max_tokens
+            assert handle.num_tokens >= handle.num_shared * self.layout.block_tokens, (
+                "a step would write into shared blocks"
+            )
+            self._grow(handle, end)
+
+    def commit(self, handle: KVHandle, end: int) -> None:
+        """`[0, end)` is computed: give back the pages that no later query can see."""
+        with self._lock:
+            handle.num_tokens = end
+            first_visible = self._first_visible(end)
+            page_tokens = self.layout.page_tokens
+            while handle.pages and (handle.first_page + 1) * page_tokens <= first_visible:
+                self._free_pages.append(handle.pages.popleft())
+                handle.first_page += 1
+
+    def lookup(self, keys: Iterable[bytes]) -> list[int]:
+        """Named blocks of the longest known run from the first key.
+
+        They are whose names say until the next call that may evict them (`allocate`, `forget`,
+        `forget_idle`): share or `pin` them before.
+        """
+        with self._lock:
+            return self._blocks.lookup(keys)
+
+    def name(self, handle: KVHandle, index: int, key: bytes) -> None:
+        """Let `lookup` find the sequence's block `index`, which is committed, by `key`.
+
+        The first block of a key keeps it.
+        """
+        with self._lock:
+            assert (index + 1) * self.layout.block_tokens <= handle.num_tokens, "not complete"
+            self._blocks.name(int(handle.blocks[index]), key)
+
+    def pin(self, block: int) -> None:
+        """Keep a block as it is, whatever becomes of its sequence, until `unpin`."""
+        with self._lock:
+            self._blocks.pin(block)
+
+    def unpin(self, block: int) -> None:
+        with self._lock:
+            self._blocks.unpin(block)
+
+    def forget(self, keys: Iterable[bytes]) -> int:
+        """Free the cached blocks of these names, held ones excepted; how many there were."""
+        with self._lock:
+            return self._blocks.forget(keys)
+
+    def forget_idle(self, older_than_s: float) -> int:
+        """Free the blocks that have been nobody's for more than so long; how many there were."""
+        with self._lock:
+            return self._blocks.forget_idle(older_than_s)
+
+    def read_body(self, block: int, out: WritableBuffer) -> None:
+        """Copy a complete block's bytes to `out`, `body_nbytes` long."""
+        self._bytes.read_body(block, writable(out, self.body_nbytes))
+
+    def write_body(self, block: int, data: ReadableBuffer) -> None:
+        """The counterpart of `read_body`, into a block that one handle alone holds, unnamed."""
+        with self._lock:
+            assert self._blocks.is_private(block), f"block {block} is not its writer's alone"
+        self._bytes.write_body(block, readable(data, self.body_nbytes))
+
+    def read_tail(self, handle: KVHandle, out: WritableBuffer) -> None:
+        """Copy the tail at `handle.num_tokens`, a boundary, to `out`, `tail_nbytes` long.
+
+        NOTE: before the sequence's next step, which overwrites it.
+        """
+        tail = self._tail_of(handle, handle.num_tokens)
+        self._bytes.read_tail(tail, writable(out, self.tail_nbytes))
+
+    def write_tail(self, handle: KVHandle, position: int, data: ReadableBuffer) -> None:
+        """Let the sequence go on from boundary `position`, ahead of what it has committed.
+
+        The bodies of all blocks before it are the caller's business.
+        """
+        buffer = readable(data, self.tail_nbytes)
+        with self._lock:
+            assert handle in self._held and handle.num_tokens < position <= handle.max_tokens
+            self._free_pages.extend(handle.pages)
+            handle.pages = deque()
+            handle.first_page = self._first_visible(position) // self.layout.page_tokens
+            self._grow(handle, position)
+        self._bytes.write_tail(self._tail_of(handle, position), buffer)
+        handle.num_tokens = position
+
+    def usage(self) -> PoolUsage:
+        with self._lock:
+            units = self._num_units
+            return PoolUsage(
+                sequences=len(self._held),
+                max_sequences=units[Unit.SLOT],
+                blocks=self._blocks.num_held,
+                max_blocks=units[Unit.BLOCK] - 1,
+                pages=units[Unit.PAGE] - 1 - len(self._free_pages),
+                max_pages=units[Unit.PAGE] - 1,
+                num_bytes=self.capacity.num_bytes(self.layout),
+                cached_blocks=self._blocks.num_cached,
+                pinned_blocks=self._blocks.num_pinned,
+            )
+
+    def check(self) -> None:
+        """Every unit is free, cached, or counts who holds it; AssertionError otherwise."""
+        with self._lock:
+            held, units = list(self._held), self._num_units
+            self._blocks.check(block for h in held for block in h.blocks.tolist())
+            slots = sorted(self._free_slots + [h.slot for h in held])
+            assert slots == list(range(units[Unit.SLOT])), f"slots leaked or held twice: {slots}"
+            pages = sorted(self._free_pages + [page for h in held for page in h.pages])
+            assert pages == list(range(1, units[Unit.PAGE])), f"pages leaked or held twice: {pages}"
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.layout.block_tokens)
+
+    def _first_visible(self, position: int) -> int:
+        """The first position that the window of a query at `position` covers."""
+        return max(0, position + 1 - self.layout.window)
+
+    def _grow(self, handle: KVHandle, end: int) -> None:
         page_tokens = self.layout.page_tokens
         while (handle.first_page + len(handle.pages)) * page_tokens < end:
             if not self._free_pages:
@@ -201,42 +328,8 @@ class KVPool:
                 )
             handle.pages.append(self._free_pages.pop())
 
-    def commit(self, handle: KVHandle, end: int) -> None:
-        """`[0, end)` is computed: give back the pages that no later query can see."""
-        handle.num_tokens = end
-        first_visible = max(0, end + 1 - self.layout.window)
-        while handle.pages and (handle.first_page + 1) * self.layout.page_tokens <= first_visible:
-            self._free_pages.append(handle.pages.popleft())
-            handle.first_page += 1
-
-    def usage(self) -> PoolUsage:
-        units = self._units
-        return PoolUsage(
-            sequences=len(self._held),
-            max_sequences=units.slots,
-            blocks=units.blocks - 1 - len(self._free_blocks),
-            max_blocks=units.blocks - 1,
-            pages=units.pages - 1 - len(self._free_pages),
-            max_pages=units.pages - 1,
-            num_bytes=sum(layer.num_bytes() for layer in self.layers),
-        )
-
-    def check(self) -> None:
-        """Every unit is free or held by exactly one sequence; AssertionError otherwise."""
-        held = list(self._held)
-        for name, free, used, first, count in (
-            ("slot", self._free_slots, [h.slot for h in held], 0, self._units.slots),
-            (
-                "block",
-                self._free_blocks,
-                [b for h in held for b in h.blocks.tolist()],
-                1,
-                self._units.blocks,
-            ),
-            ("page", self._free_pages, [p for h in held for p in h.pages], 1, self._units.pages),
-        ):
-            ids = sorted(free + used)
-            assert ids == list(range(first, count)), f"{name}s leaked or held twice: {ids}"
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.layout.block_tokens)
+    def _tail_of(self, handle: KVHandle, position: int) -> TailPlace:
+        assert position > 0 and position % self.layout.block_tokens == 0, "not a boundary"
+        num_pages = -(-position // self.layout.page_tokens) - handle.first_page
+        pages = tuple(handle.pages)[:num_pages]
+        return TailPlace(position, handle.slot, handle.first_page, pages)

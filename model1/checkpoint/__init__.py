@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from model1.checkpoint.directory import load_config
 
 if TYPE_CHECKING:
+    from model1.checkpoint.digest import checkpoint_digest
     from model1.checkpoint.load import load_experts, load_trunk
     from model1.checkpoint.save import save_checkpoint
 
-__all__ = ["load_config", "load_experts", "load_trunk", "save_checkpoint"]
+__all__ = ["checkpoint_digest", "load_config", "load_experts", "load_trunk", "save_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> Any:
         from model1.checkpoint import load
 
         return getattr(load, name)
+    if name == "checkpoint_digest":
+        from model1.checkpoint.digest import checkpoint_digest
+
+        return checkpoint_digest
     if name == "save_checkpoint":
         from model1.checkpoint.save import save_checkpoint
 

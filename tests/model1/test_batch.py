@@ -167,10 +167,11 @@ def test_a_query_sees_exactly_its_last_positions_through_the_window(run: Run) ->
     """What a query's bias leaves visible is its own sequence's last W positions, each once."""
     for step in played(run):
         window, page_tokens = step.pool.layout.window, step.pool.layout.page_tokens
+        page_rows = step.pool.layout.arrays["window"].unit_rows
         for tile in step.batch.tiles:
             for g, queries in enumerate(_queries(tile, step.rows)):
                 keys = [
-                    page * page_tokens + offset
+                    page * page_rows + offset
                     for page in tile.window_pages[g].tolist()
                     for offset in range(page_tokens)
                 ]

@@ -92,7 +92,7 @@ def entries_of(
     """The entries of one sequence run in steps of these sizes, beside a few others of one token."""
     pool = KVPool(CONFIG, PoolCapacity(1 + beside, 1024, 512), dtype)
     kv, x = pool.layers[LAYER[kind]], inputs()
-    kv.state.fill_(torch.nan)  # what an earlier sequence left
+    kv.state.units.fill_(torch.nan)  # what an earlier sequence left
     main, *others = [pool.allocate(TOKENS) for _ in range(1 + beside)]
     inverse_frequencies = Rope(CONFIG, torch.device("cpu")).compress
     for n in sizes:
@@ -111,7 +111,7 @@ def entries_of(
         for chunk in chunks:
             pool.commit(chunk.handle, chunk.end)
     ratio = CONFIG.csa_ratio if kind is CSA else CONFIG.hca_ratio
-    return kv.entries[main.blocks].flatten(0, 1)[: TOKENS // ratio]
+    return kv.entries.units[main.blocks].flatten(0, 1)[: TOKENS // ratio]
 
 
 @each_kind

@@ -33,8 +33,8 @@ class Layer:
         capacity = PoolCapacity(len(lengths), 4096 * len(lengths), 4096)
         self.pool = KVPool(config, capacity)
         self.keys = self.pool.layers[0].index_keys
-        self.keys.normal_(generator=self.draw)
-        self.keys[0] = 0.0
+        self.keys.units.normal_(generator=self.draw)
+        self.keys.units[0] = 0.0
         self.weights = IndexerWeights(config, torch.float32, torch.device("cpu"))
         for weight in (self.weights.wq_b.weight, self.weights.weights_proj.weight):
             weight.data.normal_(generator=self.draw)
@@ -80,7 +80,11 @@ class Layer:
         turned = pairs * torch.polar(torch.ones_like(theta), theta * position)
         q = torch.cat([q[:, :-r], torch.view_as_real(turned).flatten(1)], dim=1)
         a = self.weights.weights_proj.weight.double() @ self.x[row].double()
-        keys = self.keys[handle.blocks].flatten(0, 1).double()[: (position + 1) // config.csa_ratio]
+        keys = (
+            self.keys.units[handle.blocks]
+            .flatten(0, 1)
+            .double()[: (position + 1) // config.csa_ratio]
+        )
         return (a / (dim * heads) ** 0.5) @ (q @ keys.T).relu()
 
     def best(self, row: int) -> list[int]:
@@ -114,7 +118,7 @@ def test_sequences_of_any_length_are_chosen_for_side_by_side() -> None:
 def test_more_entries_than_are_scored_at_once() -> None:
     config = replace(CONFIG, csa_ratio=1, index_topk=9, max_position_embeddings=8192)
     layer = Layer(config, [4090])
-    layer.keys[layer.handles[0].blocks[:-1]] = 0.0
+    layer.keys.units[layer.handles[0].blocks[:-1]] = 0.0
     assert layer.select([2])[1] == layer.best(1)
 
 
@@ -129,7 +133,7 @@ def test_equal_keys_tie_wherever_they_stand(heads: int, csa_ratio: int, hca_rati
     )
     for entries in (4, 5, 9, 31, 33, 47, 80):
         layer = Layer(config, [entries * csa_ratio - 1], seed=entries)
-        layer.keys[:] = layer.keys[1, 0]
+        layer.keys.units[:] = layer.keys.units[1, 0]
         assert layer.select([1]) == [[0, 1, 2]]
 
 

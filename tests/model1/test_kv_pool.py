@@ -212,6 +212,7 @@ def test_arrays_are_those_of_each_layers_kind_and_their_bytes_are_told() -> None
     }
     num_bytes = 0
     for layer, kind in zip(pool.layers, tiny_model.CONFIG.attention_kinds, strict=True):
-        assert {name: tuple(t.shape) for name, t in vars(layer).items()} == shapes[kind]
-        num_bytes += sum(4 * t.numel() for t in vars(layer).values())
+        rows = {name: rows.units for name, rows in vars(layer).items()}
+        assert {name: tuple(t.shape) for name, t in rows.items()} == shapes[kind]
+        num_bytes += sum(4 * t.numel() for t in rows.values())
     assert usage.num_bytes == num_bytes

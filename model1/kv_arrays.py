@@ -1,0 +1,98 @@
+"""The pool's arrays: rows for the model to read and write, bytes for what leaves the device.
+
+An array lies unit by unit, all layers of a unit together, so that one unit is one contiguous copy.
+A layer sees its rows of it as if they were alone. Knows nothing of who holds which unit.
+"""
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from model1.config import AttentionKind
+from model1.kv_layout import ArraySpec
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Index: TypeAlias = int | tuple[int | slice, ...]
+
+
+class UnitArray:
+    """One array, `tensor [units, layers, rows, width]`, zero at first."""
+
+    def __init__(self, spec: ArraySpec, num_units: int, device: torch.device) -> None:
+        shape = (num_units, len(spec.layers), spec.rows, spec.width)
+        self.spec = spec
+        self.tensor = torch.zeros(*shape, dtype=spec.dtype, device=device)
+        self._bytes = self.tensor.view(torch.uint8)
+        # A view, which copies at the speed of memory and costs no torch call.
+        self._host: Bytes | None = self._bytes.numpy() if device.type == "cpu" else None
+
+    def rows_of(self, layer: int) -> "Rows":
+        return Rows(self.tensor, self.spec.layers.index(layer))
+
+    def read(self, index: Index, out: Bytes) -> None:
+        """Copy the bytes at a basic index of `[units, layers, rows, width in bytes]`."""
+        part = self._bytes[index].cpu().numpy() if self._host is None else self._host[index]
+        np.copyto(out.reshape(part.shape), part)
+
+    def write(self, index: Index, data: Bytes) -> None:
+        """The counterpart of `read`."""
+        if self._host is not None:
+            part = self._host[index]
+            np.copyto(part, data.reshape(part.shape))
+        else:
+            target = self._bytes[index]
+            # Of a copy: torch warns of memory that it may not write to.
+            target.copy_(torch.from_numpy(data.copy()).view(target.shape))
+
+
+class Rows:
+    """One layer's rows of an array, `units [units, rows, width]`.
+
+    A row's number is unit * `unit_stride` + its place in the unit: the same for all layers of the
+    array, so that a step's index tensors serve them all.
+    """
+
+    def __init__(self, tensor: Tensor, place: int) -> None:
+        _, layers, rows, _ = tensor.shape
+        self.units = tensor[:, place]
+        self.per_unit = rows
+        self.unit_stride = layers * rows
+        self.dtype = tensor.dtype
+        self._by_number = tensor.flatten(0, 2)[place * rows :]
+        self._by_unit = self.units.flatten(1)
+
+    def write(self, numbers: Tensor, values: Tensor) -> None:
+        """`numbers [N]`, `values [N, width]`."""
+        self._by_number.index_copy_(0, numbers, values)
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """`numbers [...] -> [..., width]`."""
+        # NOTE: index_select copies whole rows; indexing by a tensor takes three times as long.
+        rows = self._by_number.index_select(0, numbers.flatten())
+        return rows.view(*numbers.shape, rows.shape[-1])
+
+    def gather_units(self, units: Tensor) -> Tensor:
+        """All rows of units, one after the other: `units [G, B] -> [G, B * rows, width]`."""
+        rows = self._by_unit.index_select(0, units.flatten())
+        return rows.view(len(units), -1, self.units.shape[-1])
+
+
+class LayerKV:
+    """One layer's rows; which exist depends on the layer's kind.
+
+    Compressor states are raw (c, z) rows in float32, c columns first, z with ape already added.
+    """
+
+    def __init__(self, layer: int, kind: AttentionKind, arrays: dict[str, UnitArray]) -> None:
+        self.window = arrays["window"].rows_of(layer)
+        if kind is AttentionKind.CSA:
+            self.entries = arrays["csa_entries"].rows_of(layer)
+            self.index_keys = arrays["index_keys"].rows_of(layer)
+            self.state = arrays["csa_state"].rows_of(layer)
+            self.index_state = arrays["index_state"].rows_of(layer)
+        elif kind is AttentionKind.HCA:
+            self.entries = arrays["hca_entries"].rows_of(layer)
+            self.state = arrays["hca_state"].rows_of(layer)

@@ -1,0 +1,117 @@
+"""Bodies and tails: which bytes of the arrays they are, and the copies in and out.
+
+A body is one unit of each BLOCK array, one after the other. A tail is the window rows `[layers,
+W - 1, row]` (those before position 0 are zero), then the c and z columns of the first series of
+the previous window, `[layers, csa_ratio, columns]` each, of every CSA state.
+
+Both are a handful of copies, each of all layers. Knows nothing of who holds which unit.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from model1.kv_arrays import Bytes, Index, UnitArray
+from model1.kv_layout import KVLayout, Unit
+
+WritableBuffer: TypeAlias = bytearray | memoryview | Bytes
+ReadableBuffer: TypeAlias = bytes | WritableBuffer
+
+_Part: TypeAlias = tuple[UnitArray, Index, Bytes]
+_EVERY = slice(None)
+
+
+def readable(buffer: ReadableBuffer, nbytes: int) -> Bytes:
+    """`buffer` as an array; it must be `nbytes` long."""
+    array = np.frombuffer(buffer, np.uint8)
+    assert array.nbytes == nbytes, f"{array.nbytes} bytes instead of {nbytes}"
+    return array
+
+
+def writable(buffer: WritableBuffer, nbytes: int) -> Bytes:
+    """As `readable`, of memory that may be written."""
+    array = readable(buffer, nbytes)
+    assert array.flags.writeable
+    return array
+
+
+@dataclass(frozen=True, slots=True)
+class TailPlace:
+    """Where a sequence's tail at `position` lies: its slot, and the pages from `first_page`."""
+
+    position: int
+    slot: int
+    first_page: int
+    pages: tuple[int, ...]
+
+
+class KVBytes:
+    """The bytes of one pool's arrays."""
+
+    def __init__(self, layout: KVLayout, arrays: Mapping[str, UnitArray]) -> None:
+        self._layout = layout
+        self._window = arrays["window"]
+        self._states = (arrays["csa_state"], arrays["index_state"])
+        self._body = [
+            array
+            for array in arrays.values()
+            if array.spec.unit is Unit.BLOCK and array.spec.unit_nbytes
+        ]
+        self.body_nbytes = layout.nbytes(Unit.BLOCK)
+        self.tail_nbytes = layout.tail_nbytes
+
+    def read_body(self, block: int, out: Bytes) -> None:
+        for array, part in self._body_parts(out):
+            array.read(block, part)
+
+    def write_body(self, block: int, data: Bytes) -> None:
+        for array, part in self._body_parts(data):
+            array.write(block, part)
+
+    def read_tail(self, tail: TailPlace, out: Bytes) -> None:
+        for array, index, part in self._tail_parts(tail, out):
+            array.read(index, part)
+        missing = max(0, self._layout.window - 1 - tail.position)
+        self._window_rows(out)[:, :missing] = 0
+
+    def write_tail(self, tail: TailPlace, data: Bytes) -> None:
+        for array, index, part in self._tail_parts(tail, data):
+            array.write(index, part)
+
+    def _body_parts(self, buffer: Bytes) -> Iterator[tuple[UnitArray, Bytes]]:
+        start = 0
+        for array in self._body:
+            end = start + array.spec.unit_nbytes
+            yield array, buffer[start:end]
+            start = end
+
+    def _tail_parts(self, tail: TailPlace, buffer: Bytes) -> Iterator[_Part]:
+        layout, rows = self._layout, self._window_rows(buffer)
+        oldest = tail.position - (layout.window - 1)
+        for number, page in enumerate(tail.pages, tail.first_page):
+            page_start = number * layout.page_tokens
+            start = max(page_start, oldest)
+            end = min(page_start + layout.page_tokens, tail.position)
+            inside = slice(start - page_start, end - page_start)
+            yield self._window, (page, _EVERY, inside), rows[:, start - oldest : end - oldest]
+
+        first = (tail.position - layout.csa_ratio) % layout.csa_state_rows
+        previous_window = slice(first, first + layout.csa_ratio)
+        at = rows.size
+        for array in self._states:
+            series = array.spec.row_nbytes // 4
+            num_layers = len(array.spec.layers)
+            shape = (num_layers, layout.csa_ratio, series)
+            for column in (0, 2 * series):  # c, then z
+                part = buffer[at : at + num_layers * layout.csa_ratio * series].reshape(shape)
+                at += part.size
+                columns = slice(column, column + series)
+                yield array, (tail.slot, _EVERY, previous_window, columns), part
+
+    def _window_rows(self, buffer: Bytes) -> Bytes:
+        """`[layers, W - 1, bytes of a row]` of a tail."""
+        spec = self._window.spec
+        shape = (len(spec.layers), self._layout.window - 1, spec.row_nbytes)
+        return buffer[: shape[0] * shape[1] * shape[2]].reshape(shape)

@@ -1,0 +1,146 @@
+"""What KV state a model has: each array's unit, layers, rows, width and dtype, in one place.
+
+The pool allocates from this, blobs that leave the device are cut by it, and its digest tells
+whether the bytes of one pool mean the same in another. Knows nothing of who holds which unit.
+"""
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import torch
+
+from model1.config import AttentionKind, ModelConfig
+
+NUMERICS_VERSION = 1
+"""Raised by every change after which the same tokens leave other bits in the KV state."""
+
+
+class Unit(StrEnum):
+    """What an array is handed out by; see `model1.kv_pool`."""
+
+    PAGE = "page"
+    BLOCK = "block"
+    SLOT = "slot"
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """An array `[units, len(layers), rows, width]`: `rows` rows for each unit and layer."""
+
+    name: str
+    unit: Unit
+    layers: tuple[int, ...]
+    rows: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def row_nbytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of one unit, all layers."""
+        return len(self.layers) * self.rows
+
+    @property
+    def unit_nbytes(self) -> int:
+        """Bytes of one unit, all layers."""
+        return self.unit_rows * self.row_nbytes
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """Shapes of one model's KV state, and the dtype of its rows."""
+
+    window: int  # W tokens
+    page_tokens: int  # W / 2
+    block_tokens: int  # hca_ratio
+    csa_per_block: int  # CSA entries in a block
+    csa_state_rows: int  # 2 * csa_ratio: previous and current window
+    hca_state_rows: int  # hca_ratio
+    head_dim: int
+    index_dim: int
+    kinds: tuple[AttentionKind, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: ModelConfig, dtype: torch.dtype) -> "KVLayout":
+        return cls(
+            window=config.sliding_window,
+            page_tokens=config.sliding_window // 2,
+            block_tokens=config.hca_ratio,
+            csa_per_block=config.hca_ratio // config.csa_ratio,
+            csa_state_rows=2 * config.csa_ratio,
+            hca_state_rows=config.hca_ratio,
+            head_dim=config.head_dim,
+            index_dim=config.index_head_dim,
+            kinds=config.attention_kinds,
+            dtype=dtype,
+        )
+
+    @property
+    def csa_ratio(self) -> int:
+        return self.csa_state_rows // 2
+
+    @cached_property
+    def arrays(self) -> dict[str, ArraySpec]:
+        """Every array by its name, those of no layer too. A block's parts lie in this order.
+
+        Compressor states are raw (c, z) rows in float32, c columns first, z with ape already added
+        (trap T17); CSA's c and z are of two series each.
+        """
+        every = tuple(range(len(self.kinds)))
+        csa = tuple(i for i in every if self.kinds[i] is AttentionKind.CSA)
+        hca = tuple(i for i in every if self.kinds[i] is AttentionKind.HCA)
+        d, di, f32 = self.head_dim, self.index_dim, torch.float32
+        specs = (
+            ArraySpec("window", Unit.PAGE, every, self.page_tokens, d, self.dtype),
+            ArraySpec("csa_entries", Unit.BLOCK, csa, self.csa_per_block, d, self.dtype),
+            ArraySpec("index_keys", Unit.BLOCK, csa, self.csa_per_block, di, self.dtype),
+            ArraySpec("hca_entries", Unit.BLOCK, hca, 1, d, self.dtype),
+            ArraySpec("csa_state", Unit.SLOT, csa, self.csa_state_rows, 4 * d, f32),
+            ArraySpec("index_state", Unit.SLOT, csa, self.csa_state_rows, 4 * di, f32),
+            ArraySpec("hca_state", Unit.SLOT, hca, self.hca_state_rows, 2 * d, f32),
+        )
+        return {spec.name: spec for spec in specs}
+
+    def nbytes(self, unit: Unit) -> int:
+        """Bytes of one unit in all arrays."""
+        return sum(spec.unit_nbytes for spec in self.arrays.values() if spec.unit is unit)
+
+    @property
+    def tail_nbytes(self) -> int:
+        """Bytes of what a resume point keeps beside the blocks; see `model1.kv_pool`."""
+        arrays = self.arrays
+        window, state = arrays["window"], (arrays["csa_state"], arrays["index_state"])
+        rows = len(window.layers) * (self.window - 1) * window.row_nbytes
+        # Half of the rows (the previous window) and half of the columns (the first series).
+        return rows + sum(spec.unit_nbytes // 4 for spec in state)
+
+    def digest(self, device: torch.device) -> bytes:
+        """16 bytes that are equal where KV bytes mean the same, bit for bit.
+
+        Covers shapes, dtypes and `NUMERICS_VERSION`, and what else the bits of a computation hang
+        on: the device type, torch's version and, on a CPU, its vector instructions.
+        """
+        on_cpu = device.type == "cpu"
+        facts = {
+            "window": self.window,
+            "block": self.block_tokens,
+            "arrays": [
+                (spec.name, spec.layers, spec.rows, spec.width, str(spec.dtype))
+                for spec in self.arrays.values()
+            ],
+            "numerics": NUMERICS_VERSION,
+            "torch": torch.__version__,
+            "device": device.type,
+            "machine": platform.machine(),
+            "vectors": torch.backends.cpu.get_cpu_capability() if on_cpu else "",
+        }
+        encoded = json.dumps(facts, sort_keys=True).encode()
+        return hashlib.blake2b(encoded, digest_size=16).digest()
