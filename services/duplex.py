@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 import grpc
@@ -71,7 +71,7 @@ class Duplex(Generic[Request, Response]):
         await self._connected.wait()
 
     def send(self, message: Request) -> None:
-        """Queue a message; call it only while connected.
+        """Queue a message; call it only while connected, or in `opened`.
 
         When nothing else waits, one `await asyncio.sleep(0)` later the bytes are in gRPC's hands.
         """
@@ -94,10 +94,11 @@ class Duplex(Generic[Request, Response]):
                 stream = self._open_stream(channel)
                 try:
                     await stream.wait_for_connection()
-                    self._opened(await stream.initial_metadata())
-                    backoff_seconds = FIRST_BACKOFF_SECONDS
+                    metadata = await stream.initial_metadata()
                     # What was left in the last one was meant for a peer that is gone.
                     self._outbox = asyncio.Queue()
+                    self._opened(metadata)  # may send the first messages
+                    backoff_seconds = FIRST_BACKOFF_SECONDS
                     self._connected.set()
                     reason = await self._converse(stream)
                     self._connected.clear()
@@ -138,6 +139,7 @@ async def answer(
     receive: Callable[[Request], None],
     settled: Callable[[], Awaitable[object]],
     draining: asyncio.Event,
+    metadata: Sequence[tuple[str, str | bytes]] = (),
 ) -> None:
     """Call `receive` with each request and write what is put into `outbox`.
 
@@ -146,7 +148,7 @@ async def answer(
     """
     clock_seconds = asyncio.get_running_loop().time()
     # Sent at once: it is what tells the client that the stream is open.
-    await context.send_initial_metadata(((CLOCK_KEY, str(clock_seconds)),))
+    await context.send_initial_metadata(((CLOCK_KEY, str(clock_seconds)), *metadata))
 
     async def read() -> None:
         async for message in requests:

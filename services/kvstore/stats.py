@@ -1,0 +1,88 @@
+"""What the store counts of each tier, and what a load from it costs. Plain values, no I/O."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from services.kvstore.blob import BlobHeader, BlobKind
+from services.kvstore.tier import TierCost
+
+MAX_REMEMBERED_LOADS = 2048
+# Of a new measurement in a running mean: the last ten or so count.
+NEW_SHARE = 0.1
+MIN_WINDOW_SECONDS = 0.1
+
+
+def tokens_of(header: BlobHeader) -> int:
+    """The tokens whose KV the blob holds; a tail only helps to go on from a boundary."""
+    return header.end - header.start if header.kind is BlobKind.BODY else 0
+
+
+@dataclass(slots=True)
+class TierStats:
+    """Since the store started. A lookup goes down the tiers and hits at most one.
+
+    Every load is one `begin` and one `end`; the times are seconds on any one clock.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    hit_tokens: int = 0
+    loaded_bytes: int = 0
+    stored_blobs: int = 0
+    stored_bytes: int = 0
+    damaged: Counter[str] = field(default_factory=Counter)
+    _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_REMEMBERED_LOADS))
+    _loading: int = 0
+    _window_start: float = 0.0
+    _window_bytes: int = 0
+    _latency_seconds: float | None = None
+    _bytes_per_second: float | None = None
+
+    def begin(self, now: float) -> None:
+        if not self._loading:
+            self._window_start, self._window_bytes = now, 0
+        self._loading += 1
+
+    def end(self, now: float, started: float, header: BlobHeader | None) -> None:
+        """A load that began at `started` is over; None is a miss."""
+        self._loading -= 1
+        if header is None:
+            self.misses += 1
+            return
+        self.hit(header)
+        self._seconds.append(now - started)
+        self._latency_seconds = _mean(self._latency_seconds, now - started)
+        # Loads overlap, so the rate is that of a window in which something was always under way.
+        self._window_bytes += header.nbytes
+        window_seconds = now - self._window_start
+        if window_seconds > 0 and (not self._loading or window_seconds >= MIN_WINDOW_SECONDS):
+            rate = self._window_bytes / window_seconds
+            self._bytes_per_second = _mean(self._bytes_per_second, rate)
+            self._window_start, self._window_bytes = now, 0
+
+    def hit(self, header: BlobHeader) -> None:
+        self.hits += 1
+        self.hit_tokens += tokens_of(header)
+        self.loaded_bytes += header.nbytes
+
+    def stored(self, nbytes: int) -> None:
+        self.stored_blobs += 1
+        self.stored_bytes += nbytes
+
+    def latency_seconds(self, quantile: float) -> float:
+        """Of the last loads; 0 while there are none."""
+        ordered = sorted(self._seconds)
+        return ordered[round(quantile * (len(ordered) - 1))] if ordered else 0.0
+
+    @property
+    def cost(self) -> TierCost | None:
+        """Running means over the last ten or so; None before the first load."""
+        if self._latency_seconds is None or self._bytes_per_second is None:
+            return None
+        return TierCost(self._latency_seconds, self._bytes_per_second)
+
+
+def _mean(mean: float | None, new: float) -> float:
+    return new if mean is None else mean + NEW_SHARE * (new - mean)
