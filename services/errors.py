@@ -3,6 +3,11 @@
     ServiceError
     |- DuplicateRequest       a live request has this id already
     |- UnknownRequest         no live request has this id
+    |- SessionBusy            a turn of the session is under way
+    |- SessionChanged         somebody else wrote the session meanwhile
+    |- SessionExists          there is a session of this name already
+    |- UnknownSession         there is no session of this name
+    |- SessionsOff            the deployment has nobody who keeps sessions
     |- QueueFull              a bounded queue has no room now; worth a retry
     |- DeadlineExceeded       the caller's deadline passed before the answer was complete
     |- RequestCancelled       someone aborted the request
@@ -47,6 +52,26 @@ class UnknownRequest(ServiceError):
     """No live request has this id."""
 
 
+class SessionBusy(ServiceError):
+    """A turn of the session is under way; one at a time."""
+
+
+class SessionChanged(ServiceError):
+    """Somebody else wrote the session meanwhile; nothing of this turn is kept."""
+
+
+class SessionExists(ServiceError):
+    """There is a session of this name already."""
+
+
+class UnknownSession(ServiceError):
+    """There is no session of this name."""
+
+
+class SessionsOff(ServiceError):
+    """The deployment has nobody who keeps sessions."""
+
+
 class QueueFull(ServiceError):
     """A bounded queue has no room now."""
 
@@ -87,6 +112,11 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     ServiceError: grpc.StatusCode.INTERNAL,
     DuplicateRequest: grpc.StatusCode.ALREADY_EXISTS,
     UnknownRequest: grpc.StatusCode.NOT_FOUND,
+    SessionBusy: grpc.StatusCode.FAILED_PRECONDITION,
+    SessionChanged: grpc.StatusCode.ABORTED,
+    SessionExists: grpc.StatusCode.ALREADY_EXISTS,
+    UnknownSession: grpc.StatusCode.NOT_FOUND,
+    SessionsOff: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestCancelled: grpc.StatusCode.CANCELLED,
@@ -112,6 +142,7 @@ _RAISED_FOR: dict[grpc.StatusCode, type[Exception]] = {
     grpc.StatusCode.CANCELLED: RequestCancelled,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.FAILED_PRECONDITION: ModelMismatch,
+    grpc.StatusCode.ABORTED: SessionChanged,
     grpc.StatusCode.INVALID_ARGUMENT: model_errors.InvalidRequest,
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from model1.tokenizer import Tokenizer
-from services.generation import FinishReason, GenerationRequest
+from services.generation import FinishReason, GenerationRequest, KvUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class Final:
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    kv: KvUsage | None = None
 
 
 Frame: TypeAlias = Accepted | Delta | Final
@@ -46,11 +47,16 @@ class Answer:
         self._request = request
         self._decoder = tokenizer.stream()
         self._next_number = 0
-        self._num_tokens = 0
+        self._token_ids: list[int] = []
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of the whole answer so far."""
+        return tuple(self._token_ids)
 
     def delta(self, token_ids: tuple[int, ...]) -> Delta:
         """The frame for new tokens. A stop token is a token of the answer, but not text."""
-        self._num_tokens += len(token_ids)
+        self._token_ids += token_ids
         stop = self._request.stop_token_ids
         text = "".join(self._decoder.push(token) for token in token_ids if token not in stop)
         return self._numbered(token_ids, text)
@@ -60,8 +66,9 @@ class Answer:
         text = self._decoder.flush()
         return self._numbered((), text) if text else None
 
-    def final(self, finish_reason: FinishReason) -> Final:
-        return Final(finish_reason, len(self._request.token_ids), self._num_tokens)
+    def final(self, finish_reason: FinishReason, kv: KvUsage | None = None) -> Final:
+        num_prompt_tokens = len(self._request.token_ids)
+        return Final(finish_reason, num_prompt_tokens, len(self._token_ids), kv)
 
     def _numbered(self, token_ids: tuple[int, ...], text: str) -> Delta:
         self._next_number += 1

@@ -5,9 +5,10 @@ a Final frame, or with the error that ended it. Runs on one asyncio loop.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from services.errors import (
@@ -22,8 +23,10 @@ from services.errors import (
 )
 from services.gateway.admission import Admission, AskedRequest
 from services.gateway.answer import Accepted, Answer, Frame
-from services.gateway.workers import Worker, WorkerAccepted, WorkerPool
-from services.generation import FinishReason, GenerationRequest
+from services.gateway.sessions import Sessions, Turn
+from services.gateway.workers import Worker, WorkerAccepted, WorkerFinal, WorkerPool
+from services.generation import GenerationRequest
+from services.session_record import SessionName
 
 # Awaited before the next frame is made, so a slow client slows its own request only.
 Emit: TypeAlias = Callable[[Frame], Awaitable[None]]
@@ -37,14 +40,29 @@ class _Live:
     ending: ServiceError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a request brings along on its way; `turn` is None outside of sessions."""
+
+    turn: Turn | None
+    timeout_s: float | None
+    emit: Emit
+
+
 class Gateway:
     """Admits, places and relays; stops admitting when draining."""
 
     def __init__(
-        self, admission: Admission, workers: WorkerPool, *, max_active_requests: int
+        self,
+        admission: Admission,
+        workers: WorkerPool,
+        sessions: Sessions,
+        *,
+        max_active_requests: int,
     ) -> None:
         self.admission = admission
         self.workers = workers
+        self.sessions = sessions
         self.max_active_requests = max_active_requests
         self.num_served = 0
         self._live: dict[str, _Live] = {}
@@ -72,11 +90,11 @@ class Gateway:
                 f"{len(self._live)} requests are active, the gateway takes "
                 f"{self.max_active_requests} at once"
             )
-        request = self.admission.admit(asked)
-        with self._registered(request, timeout_s) as live:
+        asked = replace(asked, request_id=asked.request_id or uuid.uuid4().hex)
+        with self._registered(asked.request_id, timeout_s) as live:
             try:
-                async with live.scope, self.workers.claim() as worker:
-                    await self._relay(request, worker, timeout_s, emit)
+                async with live.scope, self._turn(asked) as turn:
+                    await self._serve(asked, _Call(turn, timeout_s, emit))
             except TimeoutError:
                 raise live.ending or DeadlineExceeded(
                     f"the deadline of {timeout_s} s passed"
@@ -106,19 +124,39 @@ class Gateway:
             return len(left)
         return 0
 
-    async def _relay(
-        self, request: GenerationRequest, worker: Worker, timeout_s: float | None, emit: Emit
-    ) -> None:
+    @asynccontextmanager
+    async def _turn(self, asked: AskedRequest) -> AsyncIterator[Turn | None]:
+        if not asked.session_id:
+            yield None
+            return
+        async with self.sessions.turn(SessionName(asked.session_id, asked.cache_salt)) as turn:
+            yield turn
+
+    async def _serve(self, asked: AskedRequest, call: _Call) -> None:
+        request = self.admission.admit(asked, call.turn.history if call.turn else ())
+        last_worker = call.turn.last_worker if call.turn else ""
+        async with self.workers.claim(request, last_worker=last_worker) as worker:
+            await self._relay(request, worker, call)
+
+    async def _relay(self, request: GenerationRequest, worker: Worker, call: _Call) -> None:
+        emit = call.emit
         answer = Answer(request, self.admission.tokenizer)
-        async with aclosing(worker.generate(request, timeout_s)) as events:
+        kv_root = b""
+        async with aclosing(worker.generate(request, call.timeout_s)) as events:
             async for event in events:
                 match event:
                     case WorkerAccepted():
+                        kv_root = event.kv_root
                         await emit(Accepted(request.request_id, worker.row.name))
-                    case FinishReason():
+                    case WorkerFinal():
                         if rest := answer.rest():
                             await emit(rest)
-                        await emit(answer.final(event))
+                        token_ids = request.token_ids + answer.token_ids
+                        self.workers.learn(worker, request.cache_salt, token_ids)
+                        if call.turn:
+                            name = worker.row.name
+                            await call.turn.keep(token_ids, kv_root=kv_root, worker=name)
+                        await emit(answer.final(event.finish_reason, event.kv))
                         self.num_served += 1
                         return
                     case token_ids:
@@ -126,15 +164,15 @@ class Gateway:
         raise InternalFailure(f"attention worker {worker.row.name} ended without a finish reason")
 
     @contextmanager
-    def _registered(self, request: GenerationRequest, timeout_s: float | None) -> Iterator[_Live]:
-        if request.request_id in self._live:
-            raise DuplicateRequest(f"request {request.request_id!r} is already being served")
-        live = self._live[request.request_id] = _Live(asyncio.timeout(timeout_s))
+    def _registered(self, request_id: str, timeout_s: float | None) -> Iterator[_Live]:
+        if request_id in self._live:
+            raise DuplicateRequest(f"request {request_id!r} is already being served")
+        live = self._live[request_id] = _Live(asyncio.timeout(timeout_s))
         self._idle.clear()
         try:
             yield live
         finally:
-            del self._live[request.request_id]
+            del self._live[request_id]
             if not self._live:
                 self._idle.set()
 

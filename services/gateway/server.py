@@ -18,6 +18,8 @@ from services.gateway import wire
 from services.gateway.admission import Admission, ModelLimits
 from services.gateway.answer import Frame
 from services.gateway.gateway import Gateway
+from services.gateway.sessions import Sessions
+from services.gateway.stores import StoreSet
 from services.gateway.topology import TopologySource
 from services.gateway.workers import WorkerPool
 
@@ -142,7 +144,12 @@ class GatewayServer:
         """Listen and serve; give it workers with `gateway.workers.update`."""
         model = load_config(config.model_dir)
         admission = Admission(Tokenizer.from_dir(config.model_dir), model_limits(model, config))
-        gateway = Gateway(admission, WorkerPool(), max_active_requests=config.max_active_requests)
+        gateway = Gateway(
+            admission,
+            WorkerPool(),
+            Sessions(StoreSet()),
+            max_active_requests=config.max_active_requests,
+        )
         inference = InferenceService(gateway)
         control = ControlService(gateway, model, config, topology)
         server = await rpc.start_server(
@@ -167,6 +174,7 @@ class GatewayServer:
         await self.gateway.drain(grace_s)
         await self._server.stop(HANDLERS_GRACE_S)
         await self.gateway.workers.close()
+        await self.gateway.sessions.stores.close()
 
 
 def model_limits(model: ModelConfig, config: GatewayConfig) -> ModelLimits:

@@ -4,7 +4,7 @@ from protos import control_pb2, inference_pb2
 from services.gateway.admission import AskedRequest, AskedSampling, AskedStopping
 from services.gateway.answer import Accepted, Delta, Final, Frame
 from services.gateway.topology import Topology
-from services.generation import FINISH_REASON_TO_WIRE
+from services.generation import FINISH_REASON_TO_WIRE, kv_usage_to_wire
 
 
 def request_from_wire(message: inference_pb2.GenerateRequest) -> AskedRequest:
@@ -83,5 +83,7 @@ def topology_to_wire(topology: Topology) -> control_pb2.GetTopologyResponse:
 
 def _usage(final: Final) -> inference_pb2.Usage:
     return inference_pb2.Usage(
-        prompt_tokens=final.prompt_tokens, completion_tokens=final.completion_tokens
+        prompt_tokens=final.prompt_tokens,
+        completion_tokens=final.completion_tokens,
+        kv=None if final.kv is None else kv_usage_to_wire(final.kv),
     )

@@ -5,8 +5,9 @@ and nothing of clients.
 """
 
 import asyncio
+import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -16,13 +17,19 @@ import grpc
 from protos import attention_pb2, attention_pb2_grpc
 from services import rpc
 from services.errors import InternalFailure, Unavailable, WorkerUnavailable, from_rpc_error
+from services.gateway.placement import Candidate, KnownPrefixes, choose
 from services.generation import (
     FINISH_REASON_FROM_WIRE,
     FinishReason,
     GenerationRequest,
+    KvUsage,
+    kv_usage_from_wire,
     request_to_wire,
 )
 
+log = logging.getLogger(__name__)
+
+RELEASE_TIMEOUT_SECONDS = 10.0
 # A worker that refuses at once has the fewest requests under way: every next one would go to it.
 AVOIDED_SECONDS = 5.0
 
@@ -35,12 +42,23 @@ class WorkerAddress:
     address: str
 
 
+@dataclass(frozen=True, slots=True)
 class WorkerAccepted:
-    """The worker has queued the request."""
+    """The worker has queued the request; `kv_root` starts the chain of its block keys."""
+
+    kv_root: bytes
 
 
-# Tokens as they come, then the reason why there are no more.
-WorkerEvent: TypeAlias = WorkerAccepted | tuple[int, ...] | FinishReason
+@dataclass(frozen=True, slots=True)
+class WorkerFinal:
+    """There are no more tokens. `kv` is None where the worker could not say."""
+
+    finish_reason: FinishReason
+    kv: KvUsage | None
+
+
+# Accepted, tokens as they come, final.
+WorkerEvent: TypeAlias = WorkerAccepted | tuple[int, ...] | WorkerFinal
 
 
 class Worker:
@@ -79,6 +97,17 @@ class Worker:
         finally:
             call.cancel()
 
+    async def release(self, keys: Sequence[bytes]) -> int:
+        """Give the device memory of these blocks back; how many it held."""
+        request = attention_pb2.AttentionReleaseRequest(keys=keys)
+        try:
+            answer = await self._stub.Release(request, timeout=RELEASE_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise WorkerUnavailable(
+                f"attention worker {self.row.name}: {from_rpc_error(error)}"
+            ) from error
+        return int(answer.blocks)
+
     async def close(self) -> None:
         await self._channel.close(grace=None)
 
@@ -88,6 +117,7 @@ class WorkerPool:
 
     def __init__(self) -> None:
         self._workers: dict[WorkerAddress, Worker] = {}
+        self._known: KnownPrefixes[WorkerAddress] = KnownPrefixes()
 
     @property
     def table(self) -> tuple[WorkerAddress, ...]:
@@ -103,11 +133,13 @@ class WorkerPool:
         await asyncio.gather(*(worker.close() for worker in gone if not worker.num_active))
 
     @asynccontextmanager
-    async def claim(self) -> AsyncIterator[Worker]:
-        """The worker for one request: least loaded, rather one that can be reached."""
+    async def claim(
+        self, request: GenerationRequest, *, last_worker: str = ""
+    ) -> AsyncIterator[Worker]:
+        """The worker for one request; `last_worker` served the turn before."""
         if not self._workers:
             raise WorkerUnavailable("no attention worker is ready")
-        worker = min(self._workers.values(), key=lambda each: (each.looks_down, each.num_active))
+        worker = self._chosen(request, last_worker)
         worker.num_active += 1
         try:
             yield worker
@@ -116,20 +148,58 @@ class WorkerPool:
             if worker.is_retired and not worker.num_active:
                 await worker.close()
 
+    def learn(self, worker: Worker, cache_salt: str, token_ids: Sequence[int]) -> None:
+        """The worker has the KV of these tokens now."""
+        self._known.learn(cache_salt, token_ids, worker.row)
+
+    async def release(self, keys: Sequence[bytes]) -> int:
+        """Give the device memory of these blocks back everywhere; how many were held.
+
+        A worker that does not answer is passed over: what it holds goes with it, or by age.
+        """
+        answers = await asyncio.gather(
+            *(worker.release(keys) for worker in self._workers.values()), return_exceptions=True
+        )
+        blocks = 0
+        for answer in answers:
+            if isinstance(answer, int):
+                blocks += answer
+            elif isinstance(answer, WorkerUnavailable):
+                log.warning("release_failed why=%s", answer)
+            else:
+                raise answer
+        return blocks
+
     async def close(self) -> None:
         """Call off what is still active and close every channel."""
         workers = list(self._workers.values())
         self._workers = {}
         await asyncio.gather(*(worker.close() for worker in workers))
 
+    def _chosen(self, request: GenerationRequest, last_worker: str) -> Worker:
+        workers = list(self._workers.values())
+        known = self._known.worker_of_longest(request.cache_salt, request.token_ids)
+        candidates = [
+            Candidate(
+                num_active=worker.num_active,
+                looks_down=worker.looks_down,
+                served_last_turn=worker.row.name == last_worker,
+                knows_prefix=worker.row == known,
+            )
+            for worker in workers
+        ]
+        return workers[choose(candidates)]
+
 
 def _event_from_wire(message: attention_pb2.AttentionGenerateResponse) -> WorkerEvent:
     match message.WhichOneof("event"):
         case "accepted":
-            return WorkerAccepted()
+            return WorkerAccepted(message.accepted.kv_root)
         case "tokens":
             return tuple(message.tokens.token_ids)
         case "final" if message.final.finish_reason in FINISH_REASON_FROM_WIRE:
-            return FINISH_REASON_FROM_WIRE[message.final.finish_reason]
+            final = message.final
+            kv = kv_usage_from_wire(final.kv) if final.HasField("kv") else None
+            return WorkerFinal(FINISH_REASON_FROM_WIRE[final.finish_reason], kv)
         case _:
             raise InternalFailure(f"the attention worker sent an unknown event: {message}")

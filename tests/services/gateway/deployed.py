@@ -1,0 +1,133 @@
+"""A gateway with two attention workers over a tiny model, all real, and a client's stubs to it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from model1.kv_pool import KVPool
+from model1.tokenizer import Tokenizer
+from protos import control_pb2_grpc, inference_pb2, inference_pb2_grpc, sessions_pb2_grpc
+from services import rpc
+from services.attention.engine import EngineConfig
+from services.attention.local import LocalExperts
+from services.attention.scheduler import SchedulerLimits
+from services.attention.server import AttentionWorker, AttentionWorkerConfig
+from services.gateway.server import GatewayConfig, GatewayServer
+from services.gateway.topology import Member, Topology
+from services.gateway.workers import WorkerAddress
+from tests.services import tiny_model
+
+MAX_ACTIVE = 4
+
+MEMBER = Member(
+    name="expert-1-0",
+    role="expert",
+    address="127.0.0.1:4000",
+    pid=17,
+    node_id="node",
+    state="ready",
+    requests=5,
+    expert_group=1,
+)
+
+
+async def topology() -> Topology:
+    return Topology(3, (MEMBER,))
+
+
+async def open_worker(name: str, pool: KVPool) -> AttentionWorker:
+    model = tiny_model.model()
+    limits = SchedulerLimits(max_batch_tokens=32, max_sequences=4, max_waiting=8)
+    config = AttentionWorkerConfig(name=name, engine=EngineConfig(limits=limits))
+    return await AttentionWorker.open(model.trunk, pool, LocalExperts(model.experts), config)
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """One gateway and two attention workers, with a client's stubs."""
+
+    gateway: GatewayServer
+    workers: tuple[AttentionWorker, ...]
+    pools: tuple[KVPool, ...]
+    tokenizer: Tokenizer
+    inference: Any
+    control: Any
+    sessions: Any
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(pool.usage().sequences for pool in self.pools)
+
+    async def freed(self) -> None:
+        async with asyncio.timeout(5):
+            while self.num_sequences:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def deployed(folder: Path) -> AsyncIterator[Deployment]:
+    model_dir = tiny_model.write_model_dir(folder)
+    pools = (tiny_model.pool(), tiny_model.pool())
+    workers = [await open_worker(f"attention-{i}", pool) for i, pool in enumerate(pools)]
+    config = GatewayConfig(
+        model_dir=model_dir,
+        version="1.2.3",
+        address="127.0.0.1:0",
+        default_max_tokens=5,
+        max_active_requests=MAX_ACTIVE,
+    )
+    gateway = await GatewayServer.open(config, topology)
+    await gateway.gateway.workers.update(
+        [WorkerAddress(f"attention-{i}", worker.address) for i, worker in enumerate(workers)]
+    )
+    async with rpc.channel(gateway.address) as channel:
+        yield Deployment(
+            gateway,
+            tuple(workers),
+            pools,
+            Tokenizer.from_dir(model_dir),
+            inference_pb2_grpc.InferenceStub(channel),
+            control_pb2_grpc.ControlStub(channel),
+            sessions_pb2_grpc.SessionsStub(channel),
+        )
+    await gateway.stop(grace_s=0)
+    assert gateway.gateway.num_active == 0
+    for worker in workers:
+        await worker.stop(grace_s=0)
+        worker.engine.check()
+
+
+def request(
+    prompt: str | tuple[int, ...] = (5, 6, 7), request_id: str = "", **stopping: Any
+) -> inference_pb2.GenerateRequest:
+    message = inference_pb2.GenerateRequest(
+        request_id=request_id, stopping=inference_pb2.StoppingParams(**stopping)
+    )
+    if isinstance(prompt, str):
+        message.text = prompt
+    else:
+        message.token_ids.ids.extend(prompt)
+    return message
+
+
+async def failure(call: Any) -> grpc.aio.AioRpcError:
+    """What ended a stream or a unary call."""
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        if hasattr(call, "__aiter__"):
+            async for _ in call:
+                pass
+        else:
+            await call
+    return raised.value
+
+
+async def frame(call: Any, kind: str) -> Any:
+    message = await anext(aiter(call))
+    assert message.WhichOneof("frame") == kind
+    return getattr(message, kind)
