@@ -48,12 +48,11 @@ CONFIG = ModelConfig.from_dict(
 )
 
 
-@cache
-def model() -> Model:
-    """Shared by all tests of a process: nobody changes weights."""
-    trunk = Trunk(CONFIG)
-    bank = ExpertBank(CONFIG, range(CONFIG.n_routed_experts))
-    draw = torch.Generator().manual_seed(7)
+def random_model(config: ModelConfig, seed: int) -> Model:
+    """Drawn so that values neither vanish nor grow from layer to layer."""
+    trunk = Trunk(config)
+    bank = ExpertBank(config, range(config.n_routed_experts))
+    draw = torch.Generator().manual_seed(seed)
     for module in (trunk, bank):
         for name, parameter in module.named_parameters():
             fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
@@ -62,10 +61,18 @@ def model() -> Model:
                 values = 1 + 0.1 * values
             parameter.data.copy_(values)
             parameter.requires_grad_(False)
-    hashed = trunk.get_buffer("layers.0.ffn.gate.tid2eid")
-    for token in range(VOCAB_SIZE):
-        hashed[token] = torch.randperm(CONFIG.n_routed_experts, generator=draw)[:2]
+    for name, buffer in trunk.named_buffers():
+        if name.endswith("tid2eid"):
+            for token in range(config.vocab_size):
+                chosen = torch.randperm(config.n_routed_experts, generator=draw)
+                buffer[token] = chosen[: config.num_experts_per_tok]
     return Model(trunk, bank)
+
+
+@cache
+def model() -> Model:
+    """Shared by all tests of a process: nobody changes weights."""
+    return random_model(CONFIG, seed=7)
 
 
 def pool(max_sequences: int = 8, max_tokens: int = 4096, max_step_tokens: int = 64) -> KVPool:

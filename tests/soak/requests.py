@@ -1,0 +1,33 @@
+"""A session's turns as requests to an engine."""
+
+from collections.abc import Sequence
+
+from services.attention.engine import Engine
+from services.generation import GenerationRequest
+from tests.soak.traffic import Session, history
+
+
+def request(session: Session, answers: Sequence[Sequence[int]]) -> GenerationRequest:
+    """The turn that follows on `answers`."""
+    turn = session.turns[len(answers)]
+    return GenerationRequest(
+        request_id=f"{session.name}.{len(answers)}",
+        token_ids=history(session, answers),
+        max_tokens=turn.max_tokens,
+        stop_token_ids=frozenset(),
+        temperature=turn.temperature,
+        top_p=turn.top_p,
+        top_k=turn.top_k,
+        seed=turn.seed,
+        cache_salt=session.cache_salt,
+        session_id=session.name,
+    )
+
+
+async def answer(engine: Engine, asked: GenerationRequest) -> tuple[int, ...]:
+    """Raises what ended the request, if it was not its last token."""
+    token_ids: list[int] = []
+    with engine.submit(asked) as stream:
+        async for event in stream:
+            token_ids += event.token_ids
+    return tuple(token_ids)
