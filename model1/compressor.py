@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model1.batch import Compression
-from model1.kv_arrays import Rows
+from model1.kv_arrays import KVRows
 from model1.modules import CompressorWeights
 from model1.numerics import linear, rms_norm
 from model1.rope import Rotation, rotate_
@@ -18,8 +18,8 @@ def compress(
     x: Tensor,
     weights: CompressorWeights,
     plan: Compression,
-    state: Rows,
-    entries: Rows,
+    state: KVRows,
+    entries: KVRows,
     entry_rotations: Rotation,
     eps: float,
 ) -> None:

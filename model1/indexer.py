@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model1.batch import Tile
 from model1.config import ModelConfig
-from model1.kv_arrays import Rows
+from model1.kv_arrays import KVRows
 from model1.modules import IndexerWeights
 from model1.numerics import bmm, linear
 from model1.rope import Rotation, rotate_
@@ -41,7 +41,7 @@ class IndexQueries:
         self._head_weights = linear(x, weights.weights_proj.weight).float()
         self._head_weights = self._head_weights * (dim * heads) ** -0.5
 
-    def select(self, tile: Tile, index_keys: Rows, topk: int) -> Tensor:
+    def select(self, tile: Tile, index_keys: KVRows, topk: int) -> Tensor:
         """Entry numbers `[G, R, topk]` int64, ascending; numbers the query cannot see come last.
 
         `index_keys` are rows of d_index. Needs more than topk entries in the tile.
@@ -52,7 +52,7 @@ class IndexQueries:
         chosen = (_ordered_bits(scores) - number).topk(topk, dim=-1, sorted=False).indices
         return chosen.sort(dim=-1).values
 
-    def _scores(self, tile: Tile, index_keys: Rows) -> Tensor:
+    def _scores(self, tile: Tile, index_keys: KVRows) -> Tensor:
         """`I[t, w] = sum_h a[t, h] * relu(q[t, h] . k[w])` -> float32 `[G, R, entries]`."""
         g, per_block = tile.num_sequences, index_keys.per_unit
         _, heads, dim = self._q.shape

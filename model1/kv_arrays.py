@@ -4,7 +4,7 @@ An array lies unit by unit, all layers of a unit together, so that one unit is o
 A layer sees its rows of it as if they were alone. Knows nothing of who holds which unit.
 """
 
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model1.config import AttentionKind
+from model1.fp8 import Fp8Record
 from model1.kv_layout import ArraySpec
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -48,12 +49,29 @@ class UnitArray:
             target.copy_(torch.from_numpy(data.copy()).view(target.shape))
 
 
-class Rows:
-    """One layer's rows of an array, `units [units, rows, width]`.
+class KVRows(Protocol):
+    """One layer's rows of an array, `per_unit` in each unit.
 
     A row's number is unit * `unit_stride` + its place in the unit: the same for all layers of the
     array, so that a step's index tensors serve them all.
     """
+
+    per_unit: int
+    unit_stride: int
+    dtype: torch.dtype  # of the values that are written and read
+
+    def write(self, numbers: Tensor, values: Tensor) -> None:
+        """`numbers [N]`, `values [N, width]`."""
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """`numbers [...] -> [..., width]`."""
+
+    def gather_units(self, units: Tensor) -> Tensor:
+        """All rows of units, one after the other: `units [G, B] -> [G, B * rows, width]`."""
+
+
+class Rows:
+    """`KVRows` that are kept as they are, `units [units, rows, width]`."""
 
     def __init__(self, tensor: Tensor, place: int) -> None:
         _, layers, rows, _ = tensor.shape
@@ -65,34 +83,58 @@ class Rows:
         self._by_unit = self.units.flatten(1)
 
     def write(self, numbers: Tensor, values: Tensor) -> None:
-        """`numbers [N]`, `values [N, width]`."""
         self._by_number.index_copy_(0, numbers, values)
 
     def gather(self, numbers: Tensor) -> Tensor:
-        """`numbers [...] -> [..., width]`."""
         # NOTE: index_select copies whole rows; indexing by a tensor takes three times as long.
         rows = self._by_number.index_select(0, numbers.flatten())
         return rows.view(*numbers.shape, rows.shape[-1])
 
     def gather_units(self, units: Tensor) -> Tensor:
-        """All rows of units, one after the other: `units [G, B] -> [G, B * rows, width]`."""
         rows = self._by_unit.index_select(0, units.flatten())
         return rows.view(len(units), -1, self.units.shape[-1])
+
+
+class RecordRows:
+    """`KVRows` that are kept as FP8 records. What is gathered is decoded, and nothing else."""
+
+    def __init__(self, records: KVRows, record: Fp8Record, dtype: torch.dtype) -> None:
+        self.records = records
+        self.per_unit = records.per_unit
+        self.unit_stride = records.unit_stride
+        self.dtype = dtype
+        self._record = record
+
+    def write(self, numbers: Tensor, values: Tensor) -> None:
+        self.records.write(numbers, self._record.encode(values))
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        return self._record.decode(self.records.gather(numbers), self.dtype)
+
+    def gather_units(self, units: Tensor) -> Tensor:
+        return self._record.decode(self.records.gather_units(units), self.dtype)
 
 
 class LayerKV:
     """One layer's rows; which exist depends on the layer's kind.
 
     Compressor states are raw (c, z) rows in float32, c columns first, z with ape already added.
+    All others are rows of `dtype`, however they are kept.
     """
 
-    def __init__(self, layer: int, kind: AttentionKind, arrays: dict[str, UnitArray]) -> None:
-        self.window = arrays["window"].rows_of(layer)
+    def __init__(
+        self, layer: int, kind: AttentionKind, arrays: dict[str, UnitArray], dtype: torch.dtype
+    ) -> None:
+        def rows_of(name: str) -> KVRows:
+            rows, record = arrays[name].rows_of(layer), arrays[name].spec.record
+            return rows if record is None else RecordRows(rows, record, dtype)
+
+        self.window = rows_of("window")
         if kind is AttentionKind.CSA:
-            self.entries = arrays["csa_entries"].rows_of(layer)
+            self.entries = rows_of("csa_entries")
             self.index_keys = arrays["index_keys"].rows_of(layer)
             self.state = arrays["csa_state"].rows_of(layer)
             self.index_state = arrays["index_state"].rows_of(layer)
         elif kind is AttentionKind.HCA:
-            self.entries = arrays["hca_entries"].rows_of(layer)
+            self.entries = rows_of("hca_entries")
             self.state = arrays["hca_state"].rows_of(layer)

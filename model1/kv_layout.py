@@ -14,9 +14,21 @@ from functools import cached_property
 import torch
 
 from model1.config import AttentionKind, ModelConfig
+from model1.fp8 import Fp8Record
 
 NUMERICS_VERSION = 1
 """Raised by every change after which the same tokens leave other bits in the KV state."""
+
+
+class KVFormat(StrEnum):
+    """How rows of keys and values are kept: window rows and compressed entries.
+
+    Index keys stay in the model's dtype: rounding them changes which entries are chosen at all.
+    Compressor states are float32 always.
+    """
+
+    NATIVE = "native"  # in the model's dtype
+    FP8 = "fp8"  # as records of `model1.fp8`; attention reads them back in the model's dtype
 
 
 class Unit(StrEnum):
@@ -29,7 +41,10 @@ class Unit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ArraySpec:
-    """An array `[units, len(layers), rows, width]`: `rows` rows for each unit and layer."""
+    """An array `[units, len(layers), rows, width]`: `rows` rows for each unit and layer.
+
+    A row is `width` numbers of `dtype`, or one `record` of so many bytes.
+    """
 
     name: str
     unit: Unit
@@ -37,6 +52,7 @@ class ArraySpec:
     rows: int
     width: int
     dtype: torch.dtype
+    record: Fp8Record | None = None
 
     @property
     def row_nbytes(self) -> int:
@@ -55,7 +71,7 @@ class ArraySpec:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """Shapes of one model's KV state, and the dtype of its rows."""
+    """Shapes of one model's KV state, the model's dtype, and how rows are kept."""
 
     window: int  # W tokens
     page_tokens: int  # W / 2
@@ -64,12 +80,16 @@ class KVLayout:
     csa_state_rows: int  # 2 * csa_ratio: previous and current window
     hca_state_rows: int  # hca_ratio
     head_dim: int
+    rope_dim: int
     index_dim: int
     kinds: tuple[AttentionKind, ...]
     dtype: torch.dtype
+    kv_format: KVFormat
 
     @classmethod
-    def of(cls, config: ModelConfig, dtype: torch.dtype) -> "KVLayout":
+    def of(
+        cls, config: ModelConfig, dtype: torch.dtype, kv_format: KVFormat = KVFormat.NATIVE
+    ) -> "KVLayout":
         return cls(
             window=config.sliding_window,
             page_tokens=config.sliding_window // 2,
@@ -78,9 +98,11 @@ class KVLayout:
             csa_state_rows=2 * config.csa_ratio,
             hca_state_rows=config.hca_ratio,
             head_dim=config.head_dim,
+            rope_dim=config.qk_rope_head_dim,
             index_dim=config.index_head_dim,
             kinds=config.attention_kinds,
             dtype=dtype,
+            kv_format=kv_format,
         )
 
     @property
@@ -98,11 +120,15 @@ class KVLayout:
         csa = tuple(i for i in every if self.kinds[i] is AttentionKind.CSA)
         hca = tuple(i for i in every if self.kinds[i] is AttentionKind.HCA)
         d, di, f32 = self.head_dim, self.index_dim, torch.float32
+        row: tuple[int, torch.dtype, Fp8Record | None] = (d, self.dtype, None)
+        if self.kv_format is KVFormat.FP8:
+            record = Fp8Record(d, self.rope_dim)
+            row = (record.num_bytes, torch.uint8, record)
         specs = (
-            ArraySpec("window", Unit.PAGE, every, self.page_tokens, d, self.dtype),
-            ArraySpec("csa_entries", Unit.BLOCK, csa, self.csa_per_block, d, self.dtype),
+            ArraySpec("window", Unit.PAGE, every, self.page_tokens, *row),
+            ArraySpec("csa_entries", Unit.BLOCK, csa, self.csa_per_block, *row),
             ArraySpec("index_keys", Unit.BLOCK, csa, self.csa_per_block, di, self.dtype),
-            ArraySpec("hca_entries", Unit.BLOCK, hca, 1, d, self.dtype),
+            ArraySpec("hca_entries", Unit.BLOCK, hca, 1, *row),
             ArraySpec("csa_state", Unit.SLOT, csa, self.csa_state_rows, 4 * d, f32),
             ArraySpec("index_state", Unit.SLOT, csa, self.csa_state_rows, 4 * di, f32),
             ArraySpec("hca_state", Unit.SLOT, hca, self.hca_state_rows, 2 * d, f32),
@@ -125,13 +151,16 @@ class KVLayout:
     def digest(self, device: torch.device) -> bytes:
         """16 bytes that are equal where KV bytes mean the same, bit for bit.
 
-        Covers shapes, dtypes and `NUMERICS_VERSION`, and what else the bits of a computation hang
-        on: the device type, torch's version and, on a CPU, its vector instructions.
+        Covers shapes, dtypes, the format and `NUMERICS_VERSION`, and what else the bits of a
+        computation hang on: the device type, torch's version and, on a CPU, its vector
+        instructions.
         """
         on_cpu = device.type == "cpu"
         facts = {
             "window": self.window,
             "block": self.block_tokens,
+            "dtype": str(self.dtype),  # of what was computed, also where records hide it
+            "format": self.kv_format,
             "arrays": [
                 (spec.name, spec.layers, spec.rows, spec.width, str(spec.dtype))
                 for spec in self.arrays.values()

@@ -39,7 +39,7 @@ from model1.errors import ConfigError, PoolExhausted
 from model1.kv_arrays import LayerKV, UnitArray
 from model1.kv_blocks import BlockTable
 from model1.kv_bytes import KVBytes, ReadableBuffer, TailPlace, WritableBuffer, readable, writable
-from model1.kv_layout import KVLayout, Unit
+from model1.kv_layout import KVFormat, KVLayout, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +63,13 @@ class PoolCapacity:
         *,
         max_sequences: int,
         max_step_tokens: int,
+        kv_format: KVFormat = KVFormat.NATIVE,
     ) -> "PoolCapacity":
         """As many tokens as a pool of at most `num_bytes` holds.
 
         Raises `ConfigError` where that is not even one block.
         """
-        layout = KVLayout.of(config, dtype)
+        layout = KVLayout.of(config, dtype, kv_format)
         smallest = cls(max_sequences, layout.block_tokens, max_step_tokens)
         least = smallest.num_bytes(layout)
         if least > num_bytes:
@@ -135,8 +136,10 @@ class KVPool:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         clock: Callable[[], float] = time.monotonic,
+        *,
+        kv_format: KVFormat = KVFormat.NATIVE,
     ) -> None:
-        self.layout = layout = KVLayout.of(config, dtype)
+        self.layout = layout = KVLayout.of(config, dtype, kv_format)
         self.capacity = capacity
         self.device = torch.device(device)
         self.max_sequence_tokens = min(config.max_position_embeddings, capacity.max_tokens)
@@ -145,7 +148,9 @@ class KVPool:
             name: UnitArray(spec, units[spec.unit], self.device)
             for name, spec in layout.arrays.items()
         }
-        self.layers = [LayerKV(layer, kind, arrays) for layer, kind in enumerate(layout.kinds)]
+        self.layers = [
+            LayerKV(layer, kind, arrays, dtype) for layer, kind in enumerate(layout.kinds)
+        ]
         self.layout_digest = layout.digest(self.device)
         self._bytes = KVBytes(layout, arrays)
         self._lock = threading.Lock()  # of all that follows

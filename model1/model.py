@@ -11,6 +11,7 @@ from model1.batch import Batch, Chunk
 from model1.checkpoint import load_config, load_experts, load_trunk
 from model1.config import ModelConfig
 from model1.errors import InvalidRequest
+from model1.kv_layout import KVFormat
 from model1.kv_pool import KVPool, PoolCapacity
 from model1.modules import packed
 from model1.moe import ExpertBank
@@ -45,23 +46,29 @@ class Model:
             packed(load_experts(path, every_expert, dtype, device)),
         )
 
-    def pool(self, max_tokens: int, max_sequences: int = 1) -> KVPool:
+    def pool(
+        self,
+        max_tokens: int,
+        max_sequences: int = 1,
+        kv_format: KVFormat = KVFormat.NATIVE,
+    ) -> KVPool:
         """A KV pool for this model that holds `max_tokens` tokens in all."""
         capacity = PoolCapacity(max_sequences, max_tokens, PREFILL_CHUNK_TOKENS)
-        return KVPool(self.config, capacity, self.trunk.dtype, self._device)
+        dtype, device = self.trunk.dtype, self._device
+        return KVPool(self.config, capacity, dtype, device, kv_format=kv_format)
 
     @torch.inference_mode()
     def step(self, pool: KVPool, chunks: Sequence[Chunk]) -> Tensor:
         """One forward step over `chunks`; float32 logits `[num_logit_rows, vocab]`."""
         return run_local(self.trunk(Batch.build(pool, chunks), pool), self.experts)
 
-    def logits(self, token_ids: Sequence[int]) -> Tensor:
+    def logits(self, token_ids: Sequence[int], kv_format: KVFormat = KVFormat.NATIVE) -> Tensor:
         """float32 logits `[T, vocab]` at every position.
 
         Raises `InvalidRequest` for no tokens, ids outside of the vocabulary, or too many tokens.
         """
         self._validate(token_ids, new_tokens=0)
-        pool = self.pool(len(token_ids))
+        pool = self.pool(len(token_ids), kv_format=kv_format)
         handle = pool.allocate(len(token_ids))
         parts = []
         for start in range(0, len(token_ids), PREFILL_CHUNK_TOKENS):
@@ -76,6 +83,7 @@ class Model:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        kv_format: KVFormat = KVFormat.NATIVE,
     ) -> list[int]:
         """Continue `token_ids` by up to `max_tokens`; stops after an end-of-sequence token.
 
@@ -89,7 +97,7 @@ class Model:
             seed=secrets.randbits(63) if seed is None else seed,
         )
         self._validate(token_ids, max_tokens)
-        pool = self.pool(len(token_ids) + max_tokens)
+        pool = self.pool(len(token_ids) + max_tokens, kv_format=kv_format)
         handle = pool.allocate(len(token_ids) + max_tokens)
         pending, generated = list(token_ids), list[int]()
         while len(generated) < max_tokens:

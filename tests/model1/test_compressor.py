@@ -111,7 +111,7 @@ def entries_of(
         for chunk in chunks:
             pool.commit(chunk.handle, chunk.end)
     ratio = CONFIG.csa_ratio if kind is CSA else CONFIG.hca_ratio
-    return kv.entries.units[main.blocks].flatten(0, 1)[: TOKENS // ratio]
+    return kv.entries.gather_units(torch.from_numpy(main.blocks)[None])[0, : TOKENS // ratio]
 
 
 @each_kind

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model1.batch import Chunk
 from model1.config import AttentionKind
+from model1.kv_layout import KVFormat
 from model1.kv_pool import KVHandle, KVPool, PoolCapacity
 from model1.model import Model
 from model1.moe import ExpertBank
@@ -257,7 +258,9 @@ def layouts() -> Iterator[bytes]:
                     config = replace(
                         CONFIG, sliding_window=window, attention_kinds=kinds, head_dim=head_dim
                     )
-                    yield KVPool(config, PoolCapacity(1, 128, 1), dtype).layout_digest
+                    for kv_format in KVFormat:
+                        pool = KVPool(config, PoolCapacity(1, 128, 1), dtype, kv_format=kv_format)
+                        yield pool.layout_digest
 
 
 def test_pools_whose_bytes_differ_in_meaning_have_other_digests() -> None:

@@ -48,10 +48,15 @@ CONFIG = ModelConfig.from_dict(
 )
 
 
-def random_model(config: ModelConfig, seed: int) -> Model:
+def random_model(
+    config: ModelConfig,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Model:
     """Drawn so that values neither vanish nor grow from layer to layer."""
-    trunk = Trunk(config)
-    bank = ExpertBank(config, range(config.n_routed_experts))
+    trunk = Trunk(config, dtype, device)
+    bank = ExpertBank(config, range(config.n_routed_experts), dtype, device)
     draw = torch.Generator().manual_seed(seed)
     for module in (trunk, bank):
         for name, parameter in module.named_parameters():
