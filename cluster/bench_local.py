@@ -55,6 +55,7 @@ async def _serve(settings: Settings) -> None:
                 max_waiting=limits.max_waiting_requests,
             )
         ),
+        kv_format=limits.kv_format,
     )
 
     async def generate(request: GenerationRequest) -> AsyncIterator[Iterable[int]]:

@@ -52,6 +52,7 @@ async def ask_here(settings: Settings, question: Question) -> AsyncIterator[Piec
         device=settings.model.device,
         capacity=PoolCapacity(1, request.max_total_tokens, settings.attention.max_batch_tokens),
         config=EngineConfig(),
+        kv_format=settings.attention.kv_format,
     )
     answer = Answer(request, admission.tokenizer)
     running = asyncio.create_task(engine.run())

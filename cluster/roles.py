@@ -105,6 +105,7 @@ def load_attention(
         capacity=PoolCapacity(
             settings.max_sequences, settings.kv_tokens, settings.max_batch_tokens
         ),
+        kv_format=settings.kv_format,
     )
 
     async def serve(peers: Peers) -> Serving:

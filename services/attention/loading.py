@@ -1,6 +1,6 @@
 """From a checkpoint directory to what a worker computes with.
 
-Takes the dtype by name, so that whoever starts workers needs no torch.
+Takes the dtype and the KV format by name, so that whoever starts workers needs no torch.
 """
 
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from model1.checkpoint import load_experts, load_trunk
+from model1.kv_layout import KVFormat
 from model1.kv_pool import KVPool, PoolCapacity
 from model1.modules import packed
 from model1.trunk import Trunk
@@ -18,18 +19,32 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_trunk_and_pool(
-    directory: Path, *, dtype: str, device: str, capacity: PoolCapacity
+    directory: Path,
+    *,
+    dtype: str,
+    device: str,
+    capacity: PoolCapacity,
+    kv_format: str = KVFormat.NATIVE,
 ) -> tuple[Trunk, KVPool]:
     """What an attention worker holds. Raises a `ModelError`."""
     trunk = packed(load_trunk(directory, _DTYPES[dtype], device))
-    return trunk, KVPool(trunk.config, capacity, _DTYPES[dtype], device)
+    pool = KVPool(trunk.config, capacity, _DTYPES[dtype], device, kv_format=KVFormat(kv_format))
+    return trunk, pool
 
 
 def load_local_engine(
-    directory: Path, *, dtype: str, device: str, capacity: PoolCapacity, config: EngineConfig
+    directory: Path,
+    *,
+    dtype: str,
+    device: str,
+    capacity: PoolCapacity,
+    config: EngineConfig,
+    kv_format: str = KVFormat.NATIVE,
 ) -> Engine:
     """A worker's engine with every routed expert in the same process."""
-    trunk, pool = load_trunk_and_pool(directory, dtype=dtype, device=device, capacity=capacity)
+    trunk, pool = load_trunk_and_pool(
+        directory, dtype=dtype, device=device, capacity=capacity, kv_format=kv_format
+    )
     every_expert = range(trunk.config.n_routed_experts)
     bank = packed(load_experts(directory, every_expert, _DTYPES[dtype], device))
     return Engine(trunk, pool, LocalExperts(bank), config)

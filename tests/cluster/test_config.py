@@ -35,7 +35,7 @@ def test_a_default_of_the_verb_gives_way_to_every_source(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("key", sorted(known_keys()))
 def test_every_key_can_be_set_by_its_environment_variable(key: str) -> None:
-    values = {"dtype": "bfloat16", "device": "cuda"}
+    values = {"dtype": "bfloat16", "device": "cuda", "kv_format": "fp8"}
     value = values.get(key.rpartition(".")[2], "64")
     settings = load_settings(environment={known_keys()[key]: value}).model_dump(mode="json")
     section, _, name = key.partition(".")

@@ -15,6 +15,7 @@ from cluster.local import ask_here
 from cluster.roles import Place, Serve, Serving, load_role
 from cluster.supervisor import Peers, Process, Snapshot, Supervisor
 from cluster.topology import ActorSpec, Role, plan_topology
+from model1.kv_layout import KVFormat
 from services.rpc import AddressUnavailable
 from tests.services import tiny_model
 
@@ -144,3 +145,19 @@ async def test_a_gateway_that_has_gone_is_unreachable() -> None:
     with pytest.raises(Unreachable, match=r"127\.0\.0\.1:9"):
         async with connected("127.0.0.1:9"):
             pass
+
+
+async def test_fp8_kv_gives_the_same_tokens_here_and_deployed(
+    settings: Settings, socket_folder: Path
+) -> None:
+    prompt, model = tiny_model.prompt(50), tiny_model.model()
+    expected = model.generate(prompt, max_tokens=40, kv_format=KVFormat.FP8)
+    assert expected != model.generate(prompt, max_tokens=40)  # or this would show nothing
+    question = Question(prompt=prompt, max_tokens=40)
+    attention = settings.attention.model_copy(update={"kv_format": "fp8"})
+    settings = settings.model_copy(update={"attention": attention})
+    async with deployed_here(settings, socket_folder) as (at, _), connected(at) as client:
+        deployed = [frame async for frame in client.ask(question)]
+    here = [frame async for frame in ask_here(settings, question)]
+    for frames in (deployed, here):
+        assert [token for f in frames if isinstance(f, Piece) for token in f.token_ids] == expected
