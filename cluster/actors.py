@@ -18,7 +18,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.config import Settings
 from cluster.ray_session import Node
 from cluster.roles import Place, Serve, Serving, load_role
-from cluster.supervisor import ActorDied, DeploymentError, Peers, Process, Snapshot, Supervisor
+from cluster.supervisor import (
+    ActorDied,
+    DeploymentError,
+    Listening,
+    Peers,
+    Process,
+    Snapshot,
+    Supervisor,
+)
 from cluster.topology import ActorSpec, Topology
 from model1.errors import ModelError
 from services.errors import ServiceError
@@ -99,8 +107,11 @@ class RemoteActor:
     async def load(self) -> Process:
         return await _answer(self._name, self._handle.load.remote())
 
-    async def serve(self, peers: Peers) -> str:
+    async def serve(self, peers: Peers) -> Listening:
         return await _answer(self._name, self._handle.serve.remote(peers))
+
+    async def update(self, peers: Peers) -> None:
+        await _answer(self._name, self._handle.update.remote(peers))
 
     async def num_requests(self) -> int:
         return await _answer(self._name, self._handle.num_requests.remote())
@@ -133,11 +144,16 @@ class RoleProcess:
             )
         return _own_process()
 
-    async def serve(self, peers: Peers) -> str:
+    async def serve(self, peers: Peers) -> Listening:
         assert self._serve is not None, "load comes first"
         with _one_line_failures(self._spec.name):
             self._serving = await self._serve(peers)
-        return self._serving.address
+        return self._serving.listening
+
+    async def update(self, peers: Peers) -> None:
+        assert self._serving is not None, "serve comes first"
+        with _one_line_failures(self._spec.name):
+            await self._serving.update(peers)
 
     async def num_requests(self) -> int:
         return self._serving.num_requests() if self._serving else 0

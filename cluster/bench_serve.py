@@ -97,7 +97,12 @@ def compare(directory: Path, workload: Workload, *, num_pairs: int, machine: str
     """Raises `SidesDiffer`, or whatever keeps a side from running."""
     # Of both sides, and before any of their processes starts.
     os.environ.update(COMPUTE_ENVIRONMENT)
-    flags = {"model.path": directory, "model.dtype": "bfloat16", "gateway.port": 0}
+    flags = {
+        "model.path": directory,
+        "model.dtype": "bfloat16",
+        "gateway.port": 0,
+        "kv.enabled": False,  # the other side has none
+    }
     settings = load_settings(flags=flags)
     _tell("starting Ray")
     with redirect_stdout(sys.stderr), prepared(settings) as site:

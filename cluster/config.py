@@ -10,12 +10,22 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 ENVIRONMENT_PREFIX = "MODEL1_"
 ENVIRONMENT_SEPARATOR = "__"
+MIB = 2**20
 
 
 class SettingsError(Exception):
@@ -74,6 +84,57 @@ class AttentionSettings(_Section):
         return self
 
 
+class KvSettings(_Section):
+    """Where KV state goes that the device has no room for, and how long it stays. Sizes are those
+    of each node."""
+
+    enabled: bool = Field(True, description="a KV store on each node with attention workers")
+    ram_bytes: int = Field(256 * MIB, ge=MIB, description="shared memory, taken at the start")
+    disk_path: Path | None = Field(
+        None, description="a folder of each node; none: KV and sessions end with the deployment"
+    )
+    disk_bytes: int = Field(4096 * MIB, ge=MIB)
+    disk_fsync: Literal["never", "interval", "always"] = Field(
+        "interval", description="what a power cut may take: anything, a second or nothing"
+    )
+    redis: str = Field(
+        "embedded", description="a server of our own, off, or a redis:// or rediss:// URL"
+    )
+    redis_password: SecretStr | None = Field(None, description="from the environment only")
+    redis_password_file: Path | None = Field(None, description="on each node, instead")
+    redis_ca_file: Path | None = Field(None, description="who signed the server's certificate")
+    redis_bytes: int = Field(256 * MIB, ge=MIB, description="of all that we keep there")
+    redis_ttl_seconds: int = Field(7 * 86400, ge=1)
+    resume_every_blocks: int = Field(
+        8, ge=1, description="of 128 tokens, between two positions a sequence can be resumed at"
+    )
+    idle_seconds: float = Field(300.0, gt=0, description="until unused blocks leave the device")
+    load_timeout_seconds: float = Field(
+        10.0, gt=0, description="that a request waits for the tiers before it computes"
+    )
+    staging_bytes: int = Field(
+        256 * MIB, ge=MIB, description="of what resuming needs, in each worker's own memory"
+    )
+    max_writeback_bytes: int = Field(
+        64 * MIB, ge=MIB, description="that wait on the device for the store"
+    )
+
+    @field_validator("redis")
+    @classmethod
+    def _says_where_redis_is(cls, value: str) -> str:
+        if value in ("embedded", "off"):
+            return value
+        url = urlsplit(value)
+        if url.scheme not in ("redis", "rediss") or not url.hostname:
+            raise ValueError("it is neither 'embedded' nor 'off' nor a redis:// or rediss:// URL")
+        if url.password is not None:
+            raise ValueError(
+                "the URL has a password in it: set MODEL1_KV__REDIS_PASSWORD, or name a file "
+                "in kv.redis_password_file"
+            )
+        return value
+
+
 class ClusterSettings(_Section):
     """How the roles are run on Ray."""
 
@@ -89,6 +150,7 @@ class Settings(_Section):
     topology: TopologySettings = TopologySettings()
     gateway: GatewaySettings = GatewaySettings()
     attention: AttentionSettings = AttentionSettings()
+    kv: KvSettings = KvSettings()
     cluster: ClusterSettings = ClusterSettings()
 
 
@@ -119,6 +181,9 @@ def load_settings(
     for key, value in (flags or {}).items():
         _put(tree, key, value)
         sources[key] = "--" + key.rpartition(".")[2].replace("_", "-")
+    for key in _secret_keys() & sources.keys():
+        if sources[key] != known_keys()[key]:
+            raise SettingsError(f"{sources[key]}: '{key}' is a secret: set {known_keys()[key]}")
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
@@ -135,6 +200,15 @@ def known_keys() -> dict[str, str]:
             name = f"{section}{ENVIRONMENT_SEPARATOR}{key}".upper()
             keys[f"{section}.{key}"] = ENVIRONMENT_PREFIX + name
     return keys
+
+
+def _secret_keys() -> set[str]:
+    """Those that only the environment may hold: files are copied around, flags are seen in `ps`."""
+    return {
+        f"kv.{key}"
+        for key, field in KvSettings.model_fields.items()
+        if field.annotation == SecretStr | None
+    }
 
 
 def _from_file(file: Path | None) -> dict[str, tuple[object, str]]:

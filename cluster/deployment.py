@@ -37,7 +37,9 @@ def prepared(settings: Settings) -> Iterator[Site]:
     """Check what can be checked, then connect to Ray. Blocks: open it outside of any event loop,
     because Ray takes over the signal handlers while it starts."""
     num_experts = checked_model(settings.model).n_routed_experts
-    topology = plan_topology(settings.topology, num_experts=num_experts)
+    topology = plan_topology(
+        settings.topology, num_experts=num_experts, with_kv_stores=settings.kv.enabled
+    )
     check_address(settings.gateway)
     supervisor_too = len(topology.actors) + 1
     with ray_session(settings.cluster, num_actors=supervisor_too) as nodes:
@@ -51,7 +53,10 @@ async def deployed(site: Site) -> AsyncIterator[Deployment]:
     from cluster.actors import SupervisorHandle  # imports Ray, which takes half a second
 
     topology = plan_topology(
-        site.settings.topology, num_experts=site.num_experts, num_nodes=len(site.nodes)
+        site.settings.topology,
+        num_experts=site.num_experts,
+        num_nodes=len(site.nodes),
+        with_kv_stores=site.settings.kv.enabled,
     )
     supervisor = SupervisorHandle.create(topology, site.settings, site.nodes)
     endpoint = await supervisor.start()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from cluster.config import AttentionSettings, GatewaySettings, ModelSettings, Settings
 from cluster.preflight import model_directory
-from cluster.supervisor import DeploymentError, Peers, Snapshot
+from cluster.supervisor import DeploymentError, Listening, Peers, Snapshot
 from cluster.topology import ActorSpec, Role
 
 if TYPE_CHECKING:
@@ -31,13 +31,19 @@ class Place:
     runtime_dir: Path
 
 
+async def _calls_nobody(_peers: Peers) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """A role that listens. `stop` takes the seconds that requests under way have left."""
+    """A role that listens. `stop` takes the seconds that requests under way have left; `update`
+    whom to call from now on."""
 
-    address: str
+    listening: Listening
     num_requests: Callable[[], int]
     stop: Callable[[float], Awaitable[None]]
+    update: Callable[[Peers], Awaitable[None]] = _calls_nobody
 
 
 # A role that is loaded and waits for its peers' addresses.
@@ -59,6 +65,10 @@ def load_role(
         case Role.EXPERT:
             expert_ids = range(spec.first_expert, spec.end_expert)
             return load_expert(spec.name, expert_ids, settings.model, place)
+        case Role.KVSTORE:
+            from cluster.kv_role import load_kv_store
+
+            return load_kv_store(spec.name, settings.kv, place)
 
 
 def load_gateway(
@@ -66,6 +76,7 @@ def load_gateway(
 ) -> Serve:
     """`kv_tokens` is what a worker holds: the context that is offered is no longer than that."""
     from services.gateway.server import GatewayConfig, GatewayServer
+    from services.gateway.stores import StoreAddress
     from services.gateway.workers import WorkerAddress
 
     async def topology() -> "Topology":
@@ -81,9 +92,11 @@ def load_gateway(
             max_active_requests=settings.max_active_requests,
         )
         server = await GatewayServer.open(config, topology)
-        workers = [WorkerAddress(name, address) for name, address in peers.worker_addresses]
+        workers = [WorkerAddress(w.name, w.address, w.store) for w in peers.worker_addresses]
+        stores = [StoreAddress(name, address) for name, address in peers.store_addresses]
         await server.gateway.workers.update(workers)
-        return Serving(server.address, lambda: server.gateway.num_served, server.stop)
+        await server.gateway.sessions.stores.update(stores)
+        return Serving(Listening(server.address), lambda: server.gateway.num_served, server.stop)
 
     return serve
 
@@ -128,7 +141,9 @@ def load_attention(
             await worker.stop(grace_seconds)
             await experts.close()
 
-        return Serving(worker.address, lambda: worker.engine.stats().counters.accepted, stop)
+        return Serving(
+            Listening(worker.address), lambda: worker.engine.stats().counters.accepted, stop
+        )
 
     return serve
 
@@ -153,7 +168,7 @@ def load_router(name: str, place: Place) -> Serve:
             await server.stop(grace_seconds)
             shutil.rmtree(socket_dir, ignore_errors=True)
 
-        return Serving(server.address, lambda: router.counters.calls, stop)
+        return Serving(Listening(server.address), lambda: router.counters.calls, stop)
 
     return serve
 
@@ -173,7 +188,7 @@ def load_expert(name: str, expert_ids: range, model: ModelSettings, place: Place
 
     async def serve(_peers: Peers) -> Serving:
         server = await rpc.start_server([expert_service(replica)], f"{place.bind_host}:0")
-        return Serving(server.address, lambda: replica.counters.calls, server.stop)
+        return Serving(Listening(server.address), lambda: replica.counters.calls, server.stop)
 
     return serve
 

@@ -6,7 +6,7 @@ nothing of Ray, gRPC or models; sees no token.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -18,7 +18,7 @@ ANSWER_TIMEOUT_SECONDS = 5.0
 STOP_MARGIN_SECONDS = 5.0
 FIRST_EPOCH = 1
 # Whoever is called comes up before its callers, and goes down after them.
-START_ORDER = (Role.EXPERT, Role.ROUTER, Role.ATTENTION, Role.GATEWAY)
+START_ORDER = (Role.KVSTORE, Role.EXPERT, Role.ROUTER, Role.ATTENTION, Role.GATEWAY)
 
 
 class DeploymentError(Exception):
@@ -45,13 +45,34 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerPlace:
+    """Where an attention worker is, as a gateway needs it."""
+
+    name: str
+    address: str
+    store: str  # name of its node's KV store; empty: none
+
+
+@dataclass(frozen=True, slots=True)
 class Peers:
-    """Whom an actor is to call; each role reads the one field that concerns it."""
+    """Whom an actor is to call; each role reads the fields that concern it."""
 
     replicas_of_expert: tuple[tuple[str, ...], ...] = ()  # addresses; of a router, with the epoch
     epoch: int = 0
     router_address: str = ""  # of an attention worker
-    worker_addresses: tuple[tuple[str, str], ...] = ()  # (name, address); of a gateway
+    store_address: str = ""  # of an attention worker; empty: its node has no KV store
+    worker_addresses: tuple[WorkerPlace, ...] = ()  # of a gateway
+    store_addresses: tuple[tuple[str, str], ...] = ()  # (name, address); of a gateway or a KV store
+    redis_url: str = field(default="", repr=False)  # of a KV store; empty: its settings say
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """What comes of serving. `redis_url` is that of a Redis that the role started for all stores,
+    with its password."""
+
+    address: str
+    redis_url: str = field(default="", repr=False)
 
 
 class Actor(Protocol):
@@ -62,8 +83,10 @@ class Actor(Protocol):
         """Import and read what the role needs; the slow part, which needs no peer."""
         ...
 
-    async def serve(self, peers: Peers) -> str:
-        """Listen; returns the address."""
+    async def serve(self, peers: Peers) -> Listening: ...
+
+    async def update(self, peers: Peers) -> None:
+        """Call these from now on. Of a KV store, whose peers come up after it."""
         ...
 
     async def num_requests(self) -> int: ...
@@ -107,6 +130,7 @@ class Supervisor:
         # Creating does not wait: all processes come up at the same time.
         self._actors = {spec.name: create(spec) for spec in topology.actors}
         self._members = {spec.name: Member(spec) for spec in topology.actors}
+        self._redis_url = ""
 
     async def start(self, timeout_seconds: float) -> str:
         """Load every role at once, then let them listen in order; returns the gateway's address.
@@ -117,7 +141,8 @@ class Supervisor:
             async with asyncio.timeout(timeout_seconds):
                 await _all(self._load(spec) for spec in self._topology.actors)
                 for role in START_ORDER:
-                    await _all(self._serve(spec) for spec in self._topology.of_role(role))
+                    await self._serve_all(self._topology.of_role(role))
+                await _all(self._introduce(s) for s in self._topology.of_role(Role.KVSTORE))
         except TimeoutError:
             late = [m.spec.name for m in self._members.values() if m.state is MemberState.STARTING]
             self.kill()
@@ -163,22 +188,55 @@ class Supervisor:
         process = await self._actors[spec.name].load()
         self._members[spec.name] = replace(self._members[spec.name], process=process)
 
+    async def _serve_all(self, specs: tuple[ActorSpec, ...]) -> None:
+        if specs and specs[0].role is Role.KVSTORE:
+            first, *specs_after = specs  # it starts the Redis of all
+            await self._serve(first)
+            specs = tuple(specs_after)
+        await _all(self._serve(spec) for spec in specs)
+
     async def _serve(self, spec: ActorSpec) -> None:
-        address = await self._actors[spec.name].serve(self._peers(spec))
+        listening = await self._actors[spec.name].serve(self._peers(spec))
+        self._redis_url = self._redis_url or listening.redis_url
         member = self._members[spec.name]
-        self._members[spec.name] = replace(member, address=address, state=MemberState.READY)
+        self._members[spec.name] = replace(
+            member, address=listening.address, state=MemberState.READY
+        )
+
+    async def _introduce(self, store: ActorSpec) -> None:
+        await self._actors[store.name].update(self._peers(store))
 
     def _peers(self, spec: ActorSpec) -> Peers:
         match spec.role:
             case Role.ROUTER:
                 return Peers(replicas_of_expert=self._replicas_of_expert(), epoch=self._epoch)
             case Role.ATTENTION:
-                return Peers(router_address=self._address(self._topology.router_of(spec)))
+                store = self._topology.store_of(spec)
+                return Peers(
+                    router_address=self._address(self._topology.router_of(spec)),
+                    store_address=self._address(store) if store else "",
+                )
             case Role.GATEWAY:
-                workers = self._topology.of_role(Role.ATTENTION)
-                return Peers(worker_addresses=tuple((w.name, self._address(w)) for w in workers))
+                return Peers(
+                    worker_addresses=tuple(
+                        self._place(worker) for worker in self._topology.of_role(Role.ATTENTION)
+                    ),
+                    store_addresses=self._store_addresses(),
+                )
+            case Role.KVSTORE:
+                others = tuple(row for row in self._store_addresses() if row[0] != spec.name)
+                return Peers(store_addresses=others, redis_url=self._redis_url)
             case Role.EXPERT:
                 return Peers()  # called by all, calls nobody
+
+    def _place(self, worker: ActorSpec) -> WorkerPlace:
+        store = self._topology.store_of(worker)
+        return WorkerPlace(worker.name, self._address(worker), store.name if store else "")
+
+    def _store_addresses(self) -> tuple[tuple[str, str], ...]:
+        """Of those that listen."""
+        stores = self._topology.of_role(Role.KVSTORE)
+        return tuple((store.name, self._address(store)) for store in stores if self._address(store))
 
     def _replicas_of_expert(self) -> tuple[tuple[str, ...], ...]:
         replicas = self._topology.of_role(Role.EXPERT)

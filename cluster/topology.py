@@ -19,6 +19,7 @@ class Role(StrEnum):
     ATTENTION = "attention"
     ROUTER = "router"
     EXPERT = "expert"
+    KVSTORE = "kvstore"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,14 @@ class Topology:
         """The router on the worker's own node: they meet at a Unix socket."""
         return next(router for router in self.of_role(Role.ROUTER) if router.node == worker.node)
 
+    def store_of(self, worker: ActorSpec) -> ActorSpec | None:
+        """The KV store on the worker's own node: they meet in shared memory."""
+        stores = (store for store in self.of_role(Role.KVSTORE) if store.node == worker.node)
+        return next(stores, None)
+
     def missing(self, alive: frozenset[str]) -> str | None:
-        """What keeps the living actors from serving, or None when every role is covered."""
+        """What keeps the living actors from serving, or None when every role is covered. KV stores
+        are a cache: without one everything is computed."""
         if not any(actor.name in alive for actor in self.of_role(Role.GATEWAY)):
             return "no gateway is alive"
         served = [
@@ -80,9 +87,15 @@ def split_experts(num_experts: int, num_groups: int) -> tuple[range, ...]:
     return tuple(range(begin, end) for begin, end in zip([0, *ends], ends, strict=False))
 
 
-def plan_topology(wanted: TopologySettings, *, num_experts: int, num_nodes: int = 1) -> Topology:
-    """Attention workers over the nodes in turn, a router where one is, expert replicas over the
-    nodes in turn from the first node without an attention worker on."""
+def plan_topology(
+    wanted: TopologySettings,
+    *,
+    num_experts: int,
+    num_nodes: int = 1,
+    with_kv_stores: bool = True,
+) -> Topology:
+    """Attention workers over the nodes in turn, a router and a KV store where one is, expert
+    replicas over the nodes in turn from the first node without an attention worker on."""
     workers = [
         ActorSpec(f"attention-{index}", Role.ATTENTION, index % num_nodes)
         for index in range(wanted.attention_workers)
@@ -90,6 +103,11 @@ def plan_topology(wanted: TopologySettings, *, num_experts: int, num_nodes: int 
     routers = [
         ActorSpec(f"router-{node}", Role.ROUTER, node)
         for node in sorted({worker.node for worker in workers})
+    ]
+    stores = [
+        ActorSpec(f"kvstore-{router.node}", Role.KVSTORE, router.node)
+        for router in routers
+        if with_kv_stores
     ]
     experts: list[ActorSpec] = []
     # Replicas of one group come num_groups apart, so they share a node only if nodes are too few.
@@ -101,4 +119,4 @@ def plan_topology(wanted: TopologySettings, *, num_experts: int, num_nodes: int 
                 ActorSpec(name, Role.EXPERT, node, group, replica, owned.start, owned.stop)
             )
     gateway = ActorSpec("gateway-0", Role.GATEWAY, 0)
-    return Topology(wanted.expert_groups, (gateway, *workers, *routers, *experts))
+    return Topology(wanted.expert_groups, (gateway, *workers, *routers, *stores, *experts))

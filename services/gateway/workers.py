@@ -40,6 +40,7 @@ class WorkerAddress:
 
     name: str
     address: str
+    store: str = ""  # name of its node's KV store; empty: none
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from cluster.config import Settings, SettingsError, known_keys, load_settings
 
@@ -35,11 +35,21 @@ def test_a_default_of_the_verb_gives_way_to_every_source(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("key", sorted(known_keys()))
 def test_every_key_can_be_set_by_its_environment_variable(key: str) -> None:
-    values = {"dtype": "bfloat16", "device": "cuda", "kv_format": "fp8"}
-    value = values.get(key.rpartition(".")[2], "64")
-    settings = load_settings(environment={known_keys()[key]: value}).model_dump(mode="json")
     section, _, name = key.partition(".")
-    assert str(settings[section][name]).removesuffix(".0") == value
+    values = {
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "enabled": "False",
+        "kv_format": "fp8",
+        "disk_fsync": "always",
+        "redis": "rediss://user@cache:6380/1",
+    }
+    value = values.get(name, "67108864" if name.endswith("_bytes") else "64")
+    settings = load_settings(environment={known_keys()[key]: value})
+    found = getattr(getattr(settings, section), name)
+    if isinstance(found, SecretStr):
+        found = found.get_secret_value()
+    assert str(found).removesuffix(".0") == value
 
 
 def test_an_empty_environment_variable_sets_nothing() -> None:
@@ -56,6 +66,10 @@ def test_an_empty_environment_variable_sets_nothing() -> None:
         ("gateway: {port: 70000}", "gateway.port = 70000.*65535"),
         ("model: {dtype: float8}", "model.dtype = 'float8'.*'float32' or 'bfloat16'"),
         ("attention: {max_sequences: 9, max_batch_tokens: 8}", "max_sequences 9 .* 8"),
+        ("kv: {redis: localhost}", "kv.redis: it is neither 'embedded' nor 'off' nor a redis://"),
+        ("kv: {redis: 'redis://:hush@cache'}", "kv.redis: the URL has a password in it"),
+        ("kv: {redis_password: hush}", "'kv.redis_password' is a secret: set MODEL1_KV__REDIS_P"),
+        ("kv: {ram_bytes: 64}", "kv.ram_bytes = 64"),
         ("- 3", "expected sections"),
         ("topology: {", "is not YAML"),
     ],
@@ -65,6 +79,7 @@ def test_a_wrong_file_is_told_what_and_where(tmp_path: Path, text: str, message:
     with pytest.raises(SettingsError, match=message) as caught:
         load_settings(file, environment={})
     assert str(file) in str(caught.value)
+    assert "hush" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -83,6 +98,16 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_an_ipv6_host_stands_in_brackets() -> None:
     flags = {"gateway.host": "::1", "gateway.port": "7000"}
     assert load_settings(environment={}, flags=flags).gateway.endpoint == "[::1]:7000"
+
+
+def test_a_secret_is_not_shown() -> None:
+    settings = load_settings(environment={"MODEL1_KV__REDIS_PASSWORD": "hush"})
+    assert settings.kv.redis_password is not None
+    assert settings.kv.redis_password.get_secret_value() == "hush"
+    assert "hush" not in repr(settings) + settings.model_dump_json()
+    with pytest.raises(SettingsError, match="--redis-password") as caught:
+        load_settings(environment={}, flags={"kv.redis_password": "hush"})
+    assert "hush" not in str(caught.value)
 
 
 def test_settings_do_not_change() -> None:

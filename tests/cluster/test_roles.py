@@ -13,7 +13,7 @@ from cluster.client import End, Piece, Question, Unreachable, connected
 from cluster.config import Settings, load_settings
 from cluster.local import ask_here
 from cluster.roles import Place, Serve, Serving, load_role
-from cluster.supervisor import Peers, Process, Snapshot, Supervisor
+from cluster.supervisor import Listening, Peers, Process, Snapshot, Supervisor
 from cluster.topology import ActorSpec, Role, plan_topology
 from model1.kv_layout import KVFormat
 from services.rpc import AddressUnavailable
@@ -38,9 +38,12 @@ class RoleHere:
         )
         return Process(os.getpid(), "here")
 
-    async def serve(self, peers: Peers) -> str:
+    async def serve(self, peers: Peers) -> Listening:
         self._serving = await self._serve(peers)
-        return self._serving.address
+        return self._serving.listening
+
+    async def update(self, peers: Peers) -> None:
+        await self._serving.update(peers)
 
     async def num_requests(self) -> int:
         return self._serving.num_requests()

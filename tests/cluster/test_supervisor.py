@@ -9,16 +9,20 @@ from cluster.config import TopologySettings
 from cluster.supervisor import (
     ActorDied,
     DeploymentError,
+    Listening,
     MemberState,
     Peers,
     Process,
     Supervisor,
+    WorkerPlace,
 )
 from cluster.topology import ActorSpec, plan_topology
 
 OWN_PROCESS = Process(1, "node")
 TOPOLOGY = plan_topology(
-    TopologySettings(attention_workers=1, expert_groups=2, expert_replicas=2), num_experts=4
+    TopologySettings(attention_workers=2, expert_groups=2, expert_replicas=2),
+    num_experts=4,
+    num_nodes=2,
 )
 
 
@@ -55,12 +59,16 @@ class StagedActor:
         self.stage.log.append(f"load {self.name}")
         return Process(100 + len(self.stage.log), "node")
 
-    async def serve(self, peers: Peers) -> str:
+    async def serve(self, peers: Peers) -> Listening:
         if self.name == self.stage.fails_to_serve:
             raise DeploymentError(f"{self.name}: port in use")
         self.stage.log.append(f"serve {self.name}")
         self.stage.peers[self.name] = peers
-        return f"at-{self.name}"
+        return Listening(f"at-{self.name}", "redis://x" if self.name == "kvstore-0" else "")
+
+    async def update(self, peers: Peers) -> None:
+        self.stage.log.append(f"update {self.name}")
+        self.stage.peers[self.name] = peers
 
     async def num_requests(self) -> int:
         if self.name in self.stage.dead:
@@ -85,10 +93,14 @@ async def test_all_load_before_any_serves_and_callers_serve_after_those_they_cal
     stage = Stage()
     address = await stage.supervisor().start(timeout_seconds=5)
     assert address == "at-gateway-0"
-    loaded, served = stage.log[: len(EVERYBODY)], stage.log[len(EVERYBODY) :]
+    loaded, rest = stage.log[: len(EVERYBODY)], stage.log[len(EVERYBODY) :]
     assert sorted(loaded) == [f"load {name}" for name in EVERYBODY]
-    roles = [entry.removeprefix("serve ").split("-")[0] for entry in served]
-    assert roles == ["expert"] * 4 + ["router", "attention", "gateway"]
+    served = [entry.removeprefix("serve ") for entry in rest if entry.startswith("serve ")]
+    roles = [name.split("-")[0] for name in served]
+    assert roles == ["kvstore"] * 2 + ["expert"] * 4 + ["router"] * 2 + ["attention"] * 2 + [
+        "gateway"
+    ]
+    assert served[0] == "kvstore-0"
 
 
 async def test_each_role_is_told_its_peers() -> None:
@@ -97,8 +109,36 @@ async def test_each_role_is_told_its_peers() -> None:
     table = stage.peers["router-0"]
     first, second = ("at-expert-0-0", "at-expert-0-1"), ("at-expert-1-0", "at-expert-1-1")
     assert (table.epoch, table.replicas_of_expert) == (1, (first, first, second, second))
-    assert stage.peers["attention-0"].router_address == "at-router-0"
-    assert stage.peers["gateway-0"].worker_addresses == (("attention-0", "at-attention-0"),)
+    worker = stage.peers["attention-1"]
+    assert (worker.router_address, worker.store_address) == ("at-router-1", "at-kvstore-1")
+    stores = (("kvstore-0", "at-kvstore-0"), ("kvstore-1", "at-kvstore-1"))
+    gateway = stage.peers["gateway-0"]
+    assert gateway.store_addresses == stores
+    assert gateway.worker_addresses == (
+        WorkerPlace("attention-0", "at-attention-0", "kvstore-0"),
+        WorkerPlace("attention-1", "at-attention-1", "kvstore-1"),
+    )
+
+
+async def test_the_stores_learn_of_each_other_and_share_the_redis_of_the_first() -> None:
+    stage = Stage()
+    await stage.supervisor().start(timeout_seconds=5)
+    assert stage.log[-2:] == ["update kvstore-0", "update kvstore-1"]
+    first, second = stage.peers["kvstore-0"], stage.peers["kvstore-1"]
+    assert first.store_addresses == (("kvstore-1", "at-kvstore-1"),)
+    assert second.store_addresses == (("kvstore-0", "at-kvstore-0"),)
+    assert first.redis_url == second.redis_url == "redis://x"
+    assert "redis://x" not in repr(second)
+
+
+async def test_a_lost_store_does_not_end_the_deployment() -> None:
+    stage = Stage(dead={"kvstore-0", "kvstore-1"})
+    supervisor = stage.supervisor()
+    await supervisor.start(timeout_seconds=5)
+    watching = asyncio.create_task(supervisor.watch(interval_seconds=0.01))
+    await asyncio.sleep(0.05)
+    assert not watching.done()
+    watching.cancel()
 
 
 @pytest.mark.parametrize(
@@ -155,6 +195,10 @@ async def test_callers_stop_before_those_they_call_and_the_dead_are_passed_over(
     stage.log.clear()
     stage.dead.add("router-0")
     await supervisor.stop(grace_seconds=1)
-    assert stage.log[:2] == ["stop gateway-0", "stop attention-0"]
-    assert sorted(stage.log[2:]) == [f"stop {name}" for name in EVERYBODY if "expert" in name]
+    assert stage.log[0] == "stop gateway-0"
+    assert sorted(stage.log[1:3]) == ["stop attention-0", "stop attention-1"]
+    assert stage.log[3] == "stop router-1"
+    experts = [f"stop {name}" for name in EVERYBODY if "expert" in name]
+    assert sorted(stage.log[4:-2]) == experts
+    assert sorted(stage.log[-2:]) == ["stop kvstore-0", "stop kvstore-1"]
     assert sorted(stage.killed) == EVERYBODY

@@ -17,7 +17,16 @@ def wanted(workers: int, groups: int, replicas: int) -> TopologySettings:
 def test_the_smallest_deployment_has_one_of_each() -> None:
     topology = plan_topology(wanted(1, 1, 1), num_experts=8)
     names = [actor.name for actor in topology.actors]
-    assert names == ["gateway-0", "attention-0", "router-0", "expert-0-0"]
+    assert names == ["gateway-0", "attention-0", "router-0", "kvstore-0", "expert-0-0"]
+
+
+def test_without_kv_stores_everything_else_is_the_same() -> None:
+    topology = plan_topology(wanted(2, 1, 1), num_experts=8, num_nodes=2, with_kv_stores=False)
+    names = [actor.name for actor in topology.actors]
+    assert names == [
+        *("gateway-0", "attention-0", "attention-1", "router-0", "router-1", "expert-0-0")
+    ]
+    assert topology.store_of(topology.of_role(Role.ATTENTION)[0]) is None
 
 
 def test_experts_are_split_into_contiguous_groups_of_nearly_equal_size() -> None:
@@ -50,6 +59,12 @@ def test_each_worker_has_a_router_on_its_node_and_each_group_all_its_replicas(
     assert {router.node for router in routers} == {worker.node for worker in attention}
     assert len(routers) == len({router.node for router in routers})
     assert all(topology.router_of(worker).node == worker.node for worker in attention)
+    stores = topology.of_role(Role.KVSTORE)
+    assert [store.node for store in stores] == [router.node for router in routers]
+    for worker in attention:
+        store = topology.store_of(worker)
+        assert store is not None
+        assert store.node == worker.node
     experts = topology.of_role(Role.EXPERT)
     assert len(experts) == groups * replicas
     for group in range(groups):

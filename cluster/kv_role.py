@@ -1,0 +1,86 @@
+"""What a KV store's process builds: its folders, a Redis if it is to start one, and the store.
+
+Decides where things lie on its node; what is kept in them is services.kvstore's.
+"""
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import IO
+
+from cluster.config import KvSettings
+from cluster.roles import Place, Serve, Serving
+from cluster.runtime_dir import runtime_dir
+from cluster.supervisor import DeploymentError, Listening, Peers
+
+SHARED_MEMORY = Path("/dev/shm")
+# Beyond what is asked for: others use the file system too.
+SPARE_BYTES = 64 * 2**20
+
+
+def load_kv_store(name: str, settings: KvSettings, place: Place) -> Serve:
+    from services.kvstore.config import KvStoreConfig
+    from services.kvstore.server import KvStoreServer
+
+    async def serve(peers: Peers) -> Serving:
+        with ExitStack() as folders:
+            shared = folders.enter_context(
+                runtime_dir(shared_memory(settings.ram_bytes, otherwise=place.runtime_dir))
+            )
+            if settings.disk_path is not None:
+                folders.enter_context(claimed_folder(settings.disk_path))
+            server = await KvStoreServer.open(
+                KvStoreConfig(
+                    name=name,
+                    address=f"{place.bind_host}:0",
+                    arena_dir=shared,
+                    ram_bytes=settings.ram_bytes,
+                )
+            )
+            held = folders.pop_all()
+
+        async def stop(grace_seconds: float) -> None:
+            await server.stop(grace_seconds)
+            held.close()
+
+        return Serving(Listening(server.address), lambda: server.num_requests, stop)
+
+    return serve
+
+
+def shared_memory(num_bytes: int, *, otherwise: Path) -> Path:
+    """Where a file of so many bytes stays in memory; a container may have too little of that."""
+    try:
+        free_bytes = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return otherwise
+    return SHARED_MEMORY if free_bytes >= num_bytes + SPARE_BYTES else otherwise
+
+
+@contextmanager
+def claimed_folder(parent: Path) -> Iterator[Path]:
+    """The first of parent/0, parent/1, ... that no living store holds, so that several stores of
+    one machine can be given the same path, and a restart finds what was there."""
+    try:
+        folder, lock = _claim(parent)
+    except OSError as error:
+        raise DeploymentError(f"cannot use kv.disk_path {parent}: {error.strerror}") from error
+    with lock:  # held until it is closed, or the process has ended
+        yield folder
+
+
+def _claim(parent: Path) -> tuple[Path, IO[str]]:
+    for number in count():
+        folder = parent / str(number)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        return folder, lock
+    raise AssertionError("count() does not end")
