@@ -118,7 +118,7 @@ class AttentionStatsResponse(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., draining: _Optional[bool] = ..., waiting_sequences: _Optional[int] = ..., running_sequences: _Optional[int] = ..., accepted_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., largest_batch_tokens: _Optional[int] = ..., layer_crossings: _Optional[int] = ..., crossing_seconds_p50: _Optional[float] = ..., crossing_seconds_p99: _Optional[float] = ..., crossing_wait_seconds_p50: _Optional[float] = ..., crossing_wait_seconds_p99: _Optional[float] = ..., kv: _Optional[_Union[AttentionKvStats, _Mapping]] = ...) -> None: ...
 
 class AttentionKvStats(_message.Message):
-    __slots__ = ("asked_tokens", "hit", "restored", "computed_tokens", "skipped_tokens", "failed_tokens", "late_tokens", "saved_blobs", "dropped_blobs", "held_blocks", "cached_blocks", "max_blocks", "pool_bytes")
+    __slots__ = ("asked_tokens", "hit", "restored", "computed_tokens", "skipped_tokens", "failed_tokens", "late_tokens", "saved_blobs", "dropped_blobs", "held_blocks", "cached_blocks", "max_blocks", "pool_bytes", "waiting_blobs")
     ASKED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HIT_FIELD_NUMBER: _ClassVar[int]
     RESTORED_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +132,7 @@ class AttentionKvStats(_message.Message):
     CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     POOL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WAITING_BLOBS_FIELD_NUMBER: _ClassVar[int]
     asked_tokens: int
     hit: AttentionTierTokens
     restored: AttentionTierTokens
@@ -145,7 +146,8 @@ class AttentionKvStats(_message.Message):
     cached_blocks: int
     max_blocks: int
     pool_bytes: int
-    def __init__(self, asked_tokens: _Optional[int] = ..., hit: _Optional[_Union[AttentionTierTokens, _Mapping]] = ..., restored: _Optional[_Union[AttentionTierTokens, _Mapping]] = ..., computed_tokens: _Optional[int] = ..., skipped_tokens: _Optional[int] = ..., failed_tokens: _Optional[int] = ..., late_tokens: _Optional[int] = ..., saved_blobs: _Optional[int] = ..., dropped_blobs: _Optional[int] = ..., held_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., max_blocks: _Optional[int] = ..., pool_bytes: _Optional[int] = ...) -> None: ...
+    waiting_blobs: int
+    def __init__(self, asked_tokens: _Optional[int] = ..., hit: _Optional[_Union[AttentionTierTokens, _Mapping]] = ..., restored: _Optional[_Union[AttentionTierTokens, _Mapping]] = ..., computed_tokens: _Optional[int] = ..., skipped_tokens: _Optional[int] = ..., failed_tokens: _Optional[int] = ..., late_tokens: _Optional[int] = ..., saved_blobs: _Optional[int] = ..., dropped_blobs: _Optional[int] = ..., held_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., max_blocks: _Optional[int] = ..., pool_bytes: _Optional[int] = ..., waiting_blobs: _Optional[int] = ...) -> None: ...
 
 class AttentionTierTokens(_message.Message):
     __slots__ = ("device", "ram", "disk", "peer", "cold")

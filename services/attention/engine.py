@@ -2,19 +2,25 @@
 
 One asyncio loop owns all state; computing happens inline in it, and others get their turn while a
 layer's rows are away. A step: end what was cancelled or is late, schedule, run, hand the tokens
-over. Knows no gRPC and no tensor.
+over. What need not be computed is the KV cache's business: sequences are in the batch when their KV
+has come. Knows no gRPC and no tensor.
 """
 
 import asyncio
 import copy
 import logging
+import time
 from collections.abc import Iterator
+from collections.abc import Sequence as Several
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from model1.errors import InvalidRequest, ModelError
-from model1.kv_pool import KVHandle, KVPool
+from model1.kv_pool import KVPool
 from model1.trunk import Trunk
+from services.attention.block_store import BlockStore
+from services.attention.kv_cache import KvCache, KvCacheConfig
+from services.attention.request_kv import RequestKv
 from services.attention.runner import Experts, StepRunner
 from services.attention.scheduler import Scheduler, SchedulerLimits, Slice
 from services.attention.sequence import Sequence
@@ -25,20 +31,23 @@ from services.errors import (
     Draining,
     DuplicateRequest,
     InternalFailure,
+    QueueFull,
     RequestCancelled,
     ServiceError,
     UnknownRequest,
 )
 from services.generation import FinishReason, GenerationRequest, check_token_ids
+from services.kv_keys import DIGEST_BYTES
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Limits of a step and of the patience with the experts."""
+    """Limits of a step, of the patience with the experts, and of the KV cache."""
 
     limits: SchedulerLimits = field(default_factory=SchedulerLimits)
+    kv: KvCacheConfig = field(default_factory=KvCacheConfig)
     # A whole layer crossing; a hung router must not hold KV for ever.
     crossing_timeout_s: float = 60.0
 
@@ -47,7 +56,7 @@ class EngineConfig:
 class _Live:
     """A request from acceptance to its one end."""
 
-    sequence: Sequence[KVHandle]
+    sequence: Sequence[RequestKv]
     stream: TokenStream
     started_s: float
     deadline_s: float | None  # on the loop's clock
@@ -55,9 +64,19 @@ class _Live:
 
 
 class Engine:
-    """Owner of the sequences, the KV pool and the step. `run` is its life; it starts nothing."""
+    """Owner of the sequences, the KV cache and the step. `run` is its life; it starts nothing."""
 
-    def __init__(self, trunk: Trunk, pool: KVPool, experts: Experts, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        trunk: Trunk,
+        pool: KVPool,
+        experts: Experts,
+        config: EngineConfig,
+        *,
+        store: BlockStore | None = None,
+        model_digest: bytes = bytes(DIGEST_BYTES),
+    ) -> None:
+        """Takes over the pool; the store, in which `model_digest` tells models apart, is lent."""
         limits, capacity = config.limits, pool.capacity
         if limits.max_batch_tokens > capacity.max_step_tokens:
             raise ValueError(
@@ -66,13 +85,16 @@ class Engine:
             )
         self._vocab_size = trunk.config.vocab_size
         self._pool = pool
-        self._scheduler: Scheduler[KVHandle] = Scheduler(limits, pool)
+        self._scheduler: Scheduler[RequestKv] = Scheduler(limits)
         self._live: dict[str, _Live] = {}
         self._counters = Counters()
         self._runner = StepRunner(
             trunk, pool, experts, self._counters, crossing_timeout_s=config.crossing_timeout_s
         )
         self._wake = asyncio.Event()
+        self._kv = KvCache(
+            pool, store, config.kv, model_digest=model_digest, on_change=self._wake.set
+        )
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
@@ -123,39 +145,47 @@ class Engine:
         self._is_draining = self._is_closed = True
         self._wake.set()
 
+    def release(self, body_keys: Several[bytes]) -> int:
+        """Give the device memory of these KV blocks back; how many. Those in use stay."""
+        return self._kv.forget(body_keys)
+
     def stats(self) -> EngineStats:
         return EngineStats(
             counters=copy.copy(self._counters),
+            kv=self._kv.stats(),
             waiting_sequences=self._scheduler.num_waiting,
             running_sequences=self._scheduler.num_running,
             draining=self._is_draining,
         )
 
     def check(self) -> None:
-        """Assert that scheduler and pool are whole. Not while a step runs."""
+        """Assert that scheduler and KV cache are whole. Not while a step runs."""
         self._scheduler.check()
-        self._pool.check()
-        assert self._pool.usage().sequences == self._scheduler.num_running
+        self._kv.check(self._scheduler.num_running)
 
     async def run(self) -> None:
         """Step until closed. However it ends, every request ends and every claim is freed."""
-        try:
-            while not self._is_closed:
-                self._end_cancelled_and_late()
-                slices = self._scheduler.schedule()
-                if slices:
-                    await self._step(slices)
-                    # At least one turn for the loop's servers, even when no crossing had to wait.
-                    await asyncio.sleep(0)
-                else:
-                    await self._wake.wait()
-                    self._wake.clear()
-        finally:
-            self._is_draining = self._is_closed = True
-            with ExitStack() as endings:  # one that fails does not keep the others from ending
-                for live in self._live.values():
-                    why = Draining("the worker shut down before the answer was done")
-                    endings.callback(self._end, live, why)
+        async with self._kv.running():
+            try:
+                await self._step_until_closed()
+            finally:
+                self._is_draining = self._is_closed = True
+                with ExitStack() as endings:  # one that fails does not keep the others from ending
+                    for live in self._live.values():
+                        why = Draining("the worker shut down before the answer was done")
+                        endings.callback(self._end, live, why)
+
+    async def _step_until_closed(self) -> None:
+        while not self._is_closed:
+            self._end_cancelled_and_late()
+            slices = self._scheduler.schedule()
+            if slices:
+                await self._step(slices)
+                # At least one turn for the loop's servers, even when no crossing had to wait.
+                await asyncio.sleep(0)
+            else:
+                await self._wake.wait()
+                self._wake.clear()
 
     def _accept(self, request: GenerationRequest, deadline_s: float | None) -> _Live:
         if self._is_draining:
@@ -169,8 +199,13 @@ class Engine:
                 f"{request.max_tokens} are more than the {self._pool.max_sequence_tokens} tokens "
                 "that this worker can hold for a sequence"
             )
-        live = _Live(Sequence(request), TokenStream(), _now_s(), deadline_s)
-        self._scheduler.add(live.sequence)
+        kv = self._kv.open(request)
+        live = _Live(Sequence(request, kv), TokenStream(kv.root), _now_s(), deadline_s)
+        try:
+            self._scheduler.add(live.sequence)
+        except QueueFull:
+            kv.give_back()
+            raise
         self._live[request.request_id] = live
         self._counters.accepted += 1
         self._idle.clear()
@@ -195,7 +230,7 @@ class Engine:
         del self._live[request.request_id]
         if not self._live:
             self._idle.set()
-        live.stream.end(outcome)
+        live.stream.end(outcome, sequence.claim.usage)
         if isinstance(outcome, FinishReason):
             self._counters.finished += 1
         elif isinstance(outcome, RequestCancelled):
@@ -203,17 +238,20 @@ class Engine:
         else:
             self._counters.failed += 1
         log.info(
-            "request_ended request_id=%s outcome=%s prompt_tokens=%d completion_tokens=%d "
-            "seconds=%.3f",
+            "request_ended request_id=%s session_id=%s outcome=%s prompt_tokens=%d "
+            "restored_tokens=%d completion_tokens=%d seconds=%.3f",
             request.request_id,
+            request.session_id,
             outcome if isinstance(outcome, FinishReason) else type(outcome).__name__,
             sequence.num_prompt_tokens,
+            sequence.num_prompt_tokens - sequence.claim.usage.computed_tokens,
             sequence.num_answer_tokens,
             _now_s() - live.started_s,
         )
         self._scheduler.end(sequence)
 
-    async def _step(self, slices: list[Slice[KVHandle]]) -> None:
+    async def _step(self, slices: list[Slice[RequestKv]]) -> None:
+        start_s = time.perf_counter()
         try:
             token_ids = await self._runner.run(slices, self._last_deadline_s(slices))
         except DeadlineExceeded:  # of every request in the step: see _last_deadline_s
@@ -227,17 +265,17 @@ class Engine:
             log.exception("step_failed request_ids=%s", ids)
             self._fail(slices, InternalFailure("a step failed; see the worker's log"))
         else:
-            self._count(slices)
+            self._count(slices, time.perf_counter() - start_s)
             for piece, token_id in zip(slices, token_ids, strict=True):
                 self._hand_over(piece, token_id)
 
-    def _last_deadline_s(self, slices: list[Slice[KVHandle]]) -> float | None:
+    def _last_deadline_s(self, slices: list[Slice[RequestKv]]) -> float | None:
         """After it the step is of use to nobody; None: there is somebody who waits for ever."""
         live = [self._live[piece.sequence.request.request_id] for piece in slices]
         deadlines = [each.deadline_s for each in live if each.deadline_s is not None]
         return max(deadlines) if len(deadlines) == len(live) else None
 
-    def _hand_over(self, piece: Slice[KVHandle], token_id: int | None) -> None:
+    def _hand_over(self, piece: Slice[RequestKv], token_id: int | None) -> None:
         finish = self._scheduler.computed(piece, token_id)
         live = self._live[piece.sequence.request.request_id]
         if token_id is None or live.ending is not None:
@@ -246,14 +284,15 @@ class Engine:
         if finish is not None:
             self._end(live, finish)
 
-    def _fail(self, slices: list[Slice[KVHandle]], error: Exception) -> None:
+    def _fail(self, slices: list[Slice[RequestKv]], error: Exception) -> None:
         for piece in slices:
             live = self._live[piece.sequence.request.request_id]
             self._end(live, live.ending or error)
 
-    def _count(self, slices: list[Slice[KVHandle]]) -> None:
+    def _count(self, slices: list[Slice[RequestKv]], seconds: float) -> None:
         counters = self._counters
         num_tokens = sum(piece.end - piece.start for piece in slices)
+        self._kv.costs.observe_step(num_tokens, seconds)
         counters.steps += 1
         counters.largest_batch_tokens = max(counters.largest_batch_tokens, num_tokens)
         counters.prompt_tokens += sum(

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from model1.batch import Batch, Chunk
-from model1.kv_pool import KVHandle, KVPool
+from model1.kv_pool import KVPool
 from model1.moe import ExpertCall
 from model1.sampling import SamplingParams, sample
 from model1.trunk import Forward, Trunk
+from services.attention.request_kv import RequestKv
 from services.attention.scheduler import Slice
 from services.attention.stats import Counters, Crossing
 from services.errors import DeadlineExceeded, ExpertsUnavailable
@@ -55,7 +56,7 @@ class StepRunner:
         self._crossing_timeout_s = crossing_timeout_s
 
     async def run(
-        self, slices: Sequence[Slice[KVHandle]], deadline_s: float | None
+        self, slices: Sequence[Slice[RequestKv]], deadline_s: float | None
     ) -> list[int | None]:
         """One token for each slice that wants one, in order.
 
@@ -115,14 +116,13 @@ class StepRunner:
         return routed
 
 
-def _chunk(piece: Slice[KVHandle]) -> Chunk:
+def _chunk(piece: Slice[RequestKv]) -> Chunk:
     sequence = piece.sequence
-    assert sequence.claim is not None
     token_ids = sequence.token_ids[piece.start : piece.end]
-    return Chunk(sequence.claim, piece.start, token_ids, num_logits=int(piece.wants_token))
+    return Chunk(sequence.claim.handle, piece.start, token_ids, num_logits=int(piece.wants_token))
 
 
-def _draw(piece: Slice[KVHandle], logits: Tensor) -> int:
+def _draw(piece: Slice[RequestKv], logits: Tensor) -> int:
     request = piece.sequence.request
     params = SamplingParams(
         temperature=request.temperature,

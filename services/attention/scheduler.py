@@ -1,29 +1,21 @@
 """Who is in the next step: continuous batching as plain Python over ints.
 
 Decode first, then chunks of prompts in order of arrival, within `max_batch_tokens` and
-`max_sequences`. A sequence is admitted when the pool can hold all it can ever become, so none is
-ever thrown out midway. Strictly first come, first served: a large request is not overtaken, hence
-not starved. Owns the waiting and the running sequences and their claims on the pool. No clock, no
+`max_sequences`. A sequence is admitted when the KV cache can hold all it can ever become, so none
+is ever thrown out midway. First come, first served: a large request is not overtaken for lack of
+room, hence not starved; only while it is being found out what of its prompt need not be computed
+do others go ahead. A sequence whose KV is still being loaded holds its place and skips steps. Owns
+the waiting and the running sequences and when their claims are taken and given back. No clock, no
 tensor, no sleep.
 """
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple
 
 from services.attention.sequence import Claim, Sequence, SequenceState
 from services.errors import QueueFull
 from services.generation import FinishReason
-
-PoolClaim = TypeVar("PoolClaim")
-
-
-class ClaimPool(Protocol[PoolClaim]):
-    """What the scheduler needs of a KV pool. `allocate` reserves for a sequence's whole life."""
-
-    def can_allocate(self, num_tokens: int) -> bool: ...
-    def allocate(self, num_tokens: int) -> PoolClaim: ...
-    def free(self, handle: PoolClaim) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +52,8 @@ class Slice(NamedTuple, Generic[Claim]):
 class Scheduler(Generic[Claim]):
     """Owner of all live sequences of a worker."""
 
-    def __init__(self, limits: SchedulerLimits, pool: ClaimPool[Claim]) -> None:
+    def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
-        self._pool = pool
         self._waiting: deque[Sequence[Claim]] = deque()
         self._running: list[Sequence[Claim]] = []  # in order of admission
 
@@ -82,10 +73,16 @@ class Scheduler(Generic[Claim]):
         self._waiting.append(sequence)
 
     def schedule(self) -> list[Slice[Claim]]:
-        """The next step, admissions included; empty only when no sequence is live."""
+        """The next step, admissions included.
+
+        Empty when no sequence is live, or every live one waits for the KV cache: for what is being
+        loaded or looked up, or for room that is not a running sequence's to give back.
+        """
+        self._admit()
         budget = self.limits.max_batch_tokens
-        decoding = [sequence for sequence in self._running if sequence.is_decoding]
-        filling = [sequence for sequence in self._running if not sequence.is_decoding]
+        able = [sequence for sequence in self._running if not sequence.claim.is_loading]
+        decoding = [sequence for sequence in able if sequence.is_decoding]
+        filling = [sequence for sequence in able if not sequence.is_decoding]
         slices = [_slice(sequence, budget) for sequence in decoding]
         budget -= len(slices)
         for sequence in filling:
@@ -93,19 +90,15 @@ class Scheduler(Generic[Claim]):
                 break
             slices.append(_slice(sequence, budget))
             budget -= slices[-1].end - slices[-1].start
-        while budget and self._waiting and self._can_admit(self._waiting[0]):
-            slices.append(_slice(self._admit(), budget))
-            budget -= slices[-1].end - slices[-1].start
-        assert slices or not (self._waiting or self._running), "live sequences, but nothing to do"
         return slices
 
     def computed(self, done: Slice[Claim], token_id: int | None) -> FinishReason | None:
         """The step wrote the slice's KV and, if the slice wanted one, drew a token."""
-        sequence, start, end = done
+        sequence = done.sequence
         assert sequence.state is SequenceState.RUNNING
-        assert sequence.num_computed == start
+        assert sequence.num_computed == done.end
         assert (token_id is not None) == done.wants_token
-        sequence.num_computed = end
+        sequence.claim.computed(sequence.token_ids)
         if token_id is None:
             return None
         sequence.token_ids.append(token_id)
@@ -116,16 +109,14 @@ class Scheduler(Generic[Claim]):
         return None
 
     def end(self, sequence: Sequence[Claim]) -> None:
-        """Forget the sequence and free its claim. Not while a step that holds it runs."""
+        """Forget the sequence and give its claim back. Not while a step that holds it runs."""
         if sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
         else:
             assert sequence.state is SequenceState.RUNNING
-            assert sequence.claim is not None
             self._running.remove(sequence)
-            self._pool.free(sequence.claim)
-            sequence.claim = None
         sequence.state = SequenceState.ENDED
+        sequence.claim.give_back()
 
     def check(self) -> None:
         """Assert what must hold between steps."""
@@ -133,28 +124,30 @@ class Scheduler(Generic[Claim]):
         assert len(self._running) <= self.limits.max_sequences
         for sequence in self._waiting:
             assert sequence.state is SequenceState.WAITING
-            assert sequence.claim is None
         for sequence in self._running:
             assert sequence.state is SequenceState.RUNNING
-            assert sequence.claim is not None
             assert sequence.num_to_compute >= 1
             assert len(sequence.token_ids) < sequence.request.max_total_tokens
         live = [sequence.request.request_id for sequence in (*self._waiting, *self._running)]
         assert len(set(live)) == len(live)
 
-    def _can_admit(self, sequence: Sequence[Claim]) -> bool:
-        return len(self._running) < self.limits.max_sequences and self._pool.can_allocate(
-            sequence.request.max_total_tokens
-        )
-
-    def _admit(self) -> Sequence[Claim]:
-        sequence = self._waiting.popleft()
-        sequence.claim = self._pool.allocate(sequence.request.max_total_tokens)
-        sequence.state = SequenceState.RUNNING
-        self._running.append(sequence)
-        return sequence
+    def _admit(self) -> None:
+        """Take in whom there is room for, in order of arrival."""
+        for sequence in tuple(self._waiting):
+            if len(self._running) == self.limits.max_sequences:
+                break
+            if not sequence.claim.is_ready:
+                continue
+            if not sequence.claim.has_room:
+                break
+            sequence.claim.take()
+            sequence.state = SequenceState.RUNNING
+            self._waiting.remove(sequence)
+            self._running.append(sequence)
 
 
 def _slice(sequence: Sequence[Claim], budget: int) -> Slice[Claim]:
     start = sequence.num_computed
-    return Slice(sequence, start, start + min(budget, sequence.num_to_compute))
+    end = min(start + budget, len(sequence.token_ids), sequence.claim.next_stop)
+    assert start < end
+    return Slice(sequence, start, end)

@@ -5,6 +5,8 @@ Knows the wire and the engine's surface; nothing of what a step is.
 
 import asyncio
 import logging
+from collections import Counter
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -16,10 +18,14 @@ from model1.kv_pool import KVPool
 from model1.trunk import Trunk
 from protos import attention_pb2, attention_pb2_grpc
 from services import rpc
+from services.attention.cost_model import Source
 from services.attention.engine import Engine, EngineConfig
 from services.attention.runner import Experts
+from services.attention.stats import KvStats
 from services.errors import ending_with_status
-from services.generation import FINISH_REASON_TO_WIRE, request_from_wire
+from services.generation import FINISH_REASON_TO_WIRE, kv_usage_to_wire, request_from_wire
+from services.kv_keys import DIGEST_BYTES
+from services.kvstore.client import KvClient, KvClientConfig
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +52,7 @@ class AttentionService(attention_pb2_grpc.AttentionServicer):
             with self._engine.submit(generation, _deadline_s(context)) as stream:
                 await context.write(
                     attention_pb2.AttentionGenerateResponse(
-                        accepted=attention_pb2.AttentionAccepted()
+                        accepted=attention_pb2.AttentionAccepted(kv_root=stream.kv_root)
                     )
                 )
                 async for event in stream:
@@ -55,7 +61,8 @@ class AttentionService(attention_pb2_grpc.AttentionServicer):
                         await context.write(attention_pb2.AttentionGenerateResponse(tokens=tokens))
                     if event.finish_reason is not None:
                         final = attention_pb2.AttentionFinal(
-                            finish_reason=FINISH_REASON_TO_WIRE[event.finish_reason]
+                            finish_reason=FINISH_REASON_TO_WIRE[event.finish_reason],
+                            kv=kv_usage_to_wire(event.kv_usage) if event.kv_usage else None,
                         )
                         await context.write(attention_pb2.AttentionGenerateResponse(final=final))
 
@@ -98,6 +105,7 @@ class AttentionService(attention_pb2_grpc.AttentionServicer):
             crossing_seconds_p99=crossing.p99,
             crossing_wait_seconds_p50=wait.p50,
             crossing_wait_seconds_p99=wait.p99,
+            kv=_kv_stats_to_wire(stats.kv),
         )
 
     async def Drain(
@@ -114,6 +122,17 @@ class AttentionService(attention_pb2_grpc.AttentionServicer):
             aborted = await self._engine.drain(grace_s)
         return attention_pb2.AttentionDrainResponse(aborted_requests=aborted)
 
+    async def Release(
+        self,
+        request: attention_pb2.AttentionReleaseRequest,
+        context: grpc.aio.ServicerContext[
+            attention_pb2.AttentionReleaseRequest, attention_pb2.AttentionReleaseResponse
+        ],
+    ) -> attention_pb2.AttentionReleaseResponse:
+        async with ending_with_status(context):
+            num_blocks = self._engine.release(request.keys)
+        return attention_pb2.AttentionReleaseResponse(blocks=num_blocks)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionWorkerConfig:
@@ -122,32 +141,52 @@ class AttentionWorkerConfig:
     name: str
     address: str = "127.0.0.1:0"
     engine: EngineConfig = field(default_factory=EngineConfig)
+    # Of the KV store of the worker's node; empty: there is none.
+    kv_store_address: str = ""
+    # Of the checkpoint that is served: blocks of other models are of no use.
+    model_digest: bytes = bytes(DIGEST_BYTES)
 
 
 class AttentionWorker:
-    """A listening worker: owner of its engine, the engine's task and the server."""
+    """A listening worker: owner of its engine, the engine's task, the server and its connection
+    to the KV store."""
 
     def __init__(
-        self, engine: Engine, running: "asyncio.Task[None]", server: rpc.RunningServer
+        self,
+        engine: Engine,
+        running: "asyncio.Task[None]",
+        server: rpc.RunningServer,
+        store: KvClient | None,
     ) -> None:
         self.engine = engine
         self.address = server.address
         self._running = running
         self._server = server
+        self._store = store
 
     @classmethod
     async def open(
         cls, trunk: Trunk, pool: KVPool, experts: Experts, config: AttentionWorkerConfig
     ) -> "AttentionWorker":
-        """Listen and serve. The worker takes over the pool; the experts stay the caller's."""
-        engine = Engine(trunk, pool, experts, config.engine)
-        servicer = AttentionService(engine, name=config.name)
-        register = partial(attention_pb2_grpc.add_AttentionServicer_to_server, servicer)
-        server = await rpc.start_server(
-            [rpc.Service("model1.v1.Attention", register)], config.address
-        )
+        """Listen and serve. The worker takes over the pool; the experts stay the caller's.
+
+        Does not wait for the KV store: as long as it is away, the worker does without.
+        """
+        async with AsyncExitStack() as opened:
+            store = await _open_store(pool, config)
+            if store is not None:
+                opened.push_async_callback(store.close)
+            engine = Engine(
+                trunk, pool, experts, config.engine, store=store, model_digest=config.model_digest
+            )
+            servicer = AttentionService(engine, name=config.name)
+            register = partial(attention_pb2_grpc.add_AttentionServicer_to_server, servicer)
+            server = await rpc.start_server(
+                [rpc.Service("model1.v1.Attention", register)], config.address
+            )
+            opened.pop_all()
         running = asyncio.create_task(_run(engine, server, config.name), name=config.name)
-        return cls(engine, running, server)
+        return cls(engine, running, server, store)
 
     async def stop(self, grace_s: float) -> None:
         """Stop admitting, finish until `grace_s`, abort the rest, close."""
@@ -156,6 +195,21 @@ class AttentionWorker:
         await self._server.stop(HANDLERS_GRACE_S)
         self.engine.close()
         await self._running
+        if self._store is not None:
+            await self._store.close()
+
+
+async def _open_store(pool: KVPool, config: AttentionWorkerConfig) -> KvClient | None:
+    if not config.kv_store_address:
+        return None
+    return await KvClient.open(
+        KvClientConfig(
+            address=config.kv_store_address,
+            name=config.name,
+            model_digest=config.model_digest,
+            layout_digest=pool.layout_digest,
+        )
+    )
 
 
 async def _run(engine: Engine, server: rpc.RunningServer, name: str) -> None:
@@ -165,6 +219,36 @@ async def _run(engine: Engine, server: rpc.RunningServer, name: str) -> None:
     except Exception:
         log.exception("engine_failed worker=%s", name)
         await server.set_serving(False)
+
+
+def _kv_stats_to_wire(stats: KvStats) -> attention_pb2.AttentionKvStats:
+    counters = stats.counters
+    return attention_pb2.AttentionKvStats(
+        asked_tokens=counters.asked_tokens,
+        hit=_tier_tokens(counters.hit_tokens),
+        restored=_tier_tokens(counters.restored_tokens),
+        computed_tokens=counters.computed_tokens,
+        skipped_tokens=counters.skipped_tokens,
+        failed_tokens=counters.failed_tokens,
+        late_tokens=counters.late_tokens,
+        saved_blobs=counters.saved_blobs,
+        dropped_blobs=counters.dropped_blobs,
+        waiting_blobs=stats.waiting_blobs,
+        held_blocks=stats.held_blocks,
+        cached_blocks=stats.cached_blocks,
+        max_blocks=stats.max_blocks,
+        pool_bytes=stats.pool_bytes,
+    )
+
+
+def _tier_tokens(tokens: Counter[Source]) -> attention_pb2.AttentionTierTokens:
+    return attention_pb2.AttentionTierTokens(
+        device=tokens[Source.DEVICE],
+        ram=tokens[Source.RAM],
+        disk=tokens[Source.DISK],
+        peer=tokens[Source.PEER],
+        cold=tokens[Source.COLD],
+    )
 
 
 def _deadline_s(context: GenerateContext) -> float | None:

@@ -3,10 +3,12 @@
 Knows neither engine nor wire.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from services.attention.cost_model import Source
 
 # Enough for the last few hundred steps of a deep model; older crossings are forgotten.
 MAX_REMEMBERED_CROSSINGS = 8192
@@ -66,11 +68,40 @@ class Counters:
         )
 
 
+@dataclass(slots=True)
+class KvCounters:
+    """KV reuse in tokens of prompts, and what was written back, since the engine was built."""
+
+    asked_tokens: int = 0  # of requests that left the queue
+    hit_tokens: Counter[Source] = field(default_factory=Counter)  # of those, what a tier offered
+    restored_tokens: Counter[Source] = field(default_factory=Counter)  # and what it delivered
+    computed_tokens: int = 0
+    # Hit, yet to be computed: computing is faster; what came was damaged or nothing; too late.
+    skipped_tokens: int = 0
+    failed_tokens: int = 0
+    late_tokens: int = 0
+    saved_blobs: int = 0
+    dropped_blobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvStats:
+    """A reading of the counters and of the device's blocks."""
+
+    counters: KvCounters  # a copy
+    held_blocks: int  # by requests, or while they are written back
+    cached_blocks: int  # by none; they give way when room is needed
+    max_blocks: int
+    pool_bytes: int
+    waiting_blobs: int  # to be written back
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A reading of the counters and of who is live."""
 
     counters: Counters  # a copy
+    kv: KvStats
     waiting_sequences: int
     running_sequences: int
     draining: bool

@@ -7,22 +7,28 @@ slow consumer travel together.
 import asyncio
 from typing import NamedTuple
 
-from services.generation import FinishReason
+from services.generation import FinishReason, KvUsage
 
 
 class TokenEvent(NamedTuple):
-    """Tokens since the last event; `finish_reason` is set in the last event of an answer."""
+    """Tokens since the last event; the rest is set in the last event of an answer."""
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    kv_usage: KvUsage | None
 
 
 class TokenStream:
-    """Async iterator of `TokenEvent`; ends after the finish, or raises what ended the request."""
+    """Async iterator of `TokenEvent`; ends after the finish, or raises what ended the request.
 
-    def __init__(self) -> None:
+    `kv_root` is the start of the request's chain of block keys.
+    """
+
+    def __init__(self, kv_root: bytes) -> None:
+        self.kv_root = kv_root
         self._tokens: list[int] = []
         self._outcome: FinishReason | Exception | None = None
+        self._kv_usage: KvUsage | None = None
         self._is_consumed = False
         self._wake = asyncio.Event()
 
@@ -36,10 +42,11 @@ class TokenStream:
         self._tokens.append(token_id)
         self._wake.set()
 
-    def end(self, outcome: FinishReason | Exception) -> None:
+    def end(self, outcome: FinishReason | Exception, kv_usage: KvUsage) -> None:
         """Exactly once a stream."""
         assert self._outcome is None
         self._outcome = outcome
+        self._kv_usage = kv_usage
         self._wake.set()
 
     def __aiter__(self) -> "TokenStream":
@@ -56,4 +63,4 @@ class TokenStream:
         tokens = tuple(self._tokens)
         self._tokens.clear()
         self._is_consumed = self._outcome is not None
-        return TokenEvent(tokens, self._outcome)
+        return TokenEvent(tokens, self._outcome, self._kv_usage)

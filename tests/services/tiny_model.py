@@ -1,6 +1,7 @@
 """A seeded random model with every layer kind, small enough to generate in milliseconds."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -75,13 +76,19 @@ def random_model(
 
 
 @cache
-def model() -> Model:
+def model(context: int = CONTEXT) -> Model:
     """Shared by all tests of a process: nobody changes weights."""
-    return random_model(CONFIG, seed=7)
+    return random_model(replace(CONFIG, max_position_embeddings=context), seed=7)
 
 
-def pool(max_sequences: int = 8, max_tokens: int = 4096, max_step_tokens: int = 64) -> KVPool:
-    return KVPool(CONFIG, PoolCapacity(max_sequences, max_tokens, max_step_tokens))
+def pool(
+    max_sequences: int = 8,
+    max_tokens: int = 4096,
+    max_step_tokens: int = 64,
+    context: int = CONTEXT,
+) -> KVPool:
+    config = model(context).config
+    return KVPool(config, PoolCapacity(max_sequences, max_tokens, max_step_tokens))
 
 
 def prompt(num_tokens: int, seed: int = 0) -> tuple[int, ...]:
