@@ -50,7 +50,11 @@ async def test_a_stream_is_accepted_numbered_deltas_and_final(deployment: Deploy
     token_ids = [token for delta in deltas for token in delta.token_ids]
     assert token_ids == expected
     assert "".join(delta.text for delta in deltas) == deployment.tokenizer.decode(expected)
-    usage = inference_pb2.Usage(prompt_tokens=len(prompt_ids), completion_tokens=len(expected))
+    usage = inference_pb2.Usage(
+        prompt_tokens=len(prompt_ids),
+        completion_tokens=len(expected),
+        kv=inference_pb2.KvUsage(computed_tokens=len(prompt_ids)),
+    )
     stopped = expected[-1] in tiny_model.model().config.eos_token_ids
     reason = inference_pb2.FINISH_REASON_STOP if stopped else inference_pb2.FINISH_REASON_LENGTH
     assert frames[-1].final == inference_pb2.Final(finish_reason=reason, usage=usage)
