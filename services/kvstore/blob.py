@@ -35,7 +35,7 @@ from services.kv_keys import DIGEST_BYTES, KEY_BYTES
 HEADER_BYTES = 128
 FORMAT_VERSION = 1
 
-_MAGIC = b"MODEL1KV"
+MAGIC = b"MODEL1KV"
 _CHECKED = struct.Struct(f"<8sHHII4xQ{KEY_BYTES}s{DIGEST_BYTES}s{DIGEST_BYTES}s8xQ8x")
 _CHECKSUM = struct.Struct("<Q")
 _BLANK = bytes(HEADER_BYTES)
@@ -111,7 +111,7 @@ def seal_into(buffer: memoryview, header: BlobHeader, fill: Callable[[memoryview
     buffer[:HEADER_BYTES] = _BLANK
     fill(payload)
     checked = _CHECKED.pack(
-        _MAGIC,
+        MAGIC,
         FORMAT_VERSION,
         header.kind,
         header.start,
@@ -168,7 +168,7 @@ def _read_header(buffer: memoryview) -> tuple[BlobHeader, int]:
     magic, version, kind, start, end, payload_nbytes, key, model_digest, layout_digest, payload = (
         _CHECKED.unpack(checked)
     )
-    if magic != _MAGIC:
+    if magic != MAGIC:
         raise Damaged(DamageReason.MAGIC)
     if version != FORMAT_VERSION:
         raise Damaged(DamageReason.VERSION)
