@@ -249,9 +249,10 @@ class PoolUnderLoad(RuleBasedStateMachine):
         for sequence in list(getattr(self, "running", ())):
             self._free(sequence)
             self.pool.check()
-        for block in [*getattr(self, "pins", Counter[int]()).elements()]:
-            self.pool.unpin(block)
-            self.pool.check()
+        if hasattr(self, "pool"):
+            for block in [*self.pins.elements()]:
+                self.pool.unpin(block)
+                self.pool.check()
 
     def _grow(self, data: st.DataObject) -> dict[Sequence, int]:
         """Pages for a step of any legal mix; returns where each of its sequences ends."""
