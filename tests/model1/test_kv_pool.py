@@ -5,6 +5,7 @@ Nothing leaks, and what is shared or can be found is what was written.
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 import torch
@@ -379,13 +380,14 @@ def test_arrays_are_those_of_each_layers_kind_and_their_bytes_are_told() -> None
 
 
 def test_a_byte_budget_becomes_as_many_blocks_as_fit() -> None:
-    config, limits = tiny_model.CONFIG, {"max_sequences": 3, "max_step_tokens": 40}
+    config = tiny_model.CONFIG
+    within = partial(PoolCapacity.within, max_sequences=3, max_step_tokens=40)
     for dtype in (torch.float32, torch.bfloat16):
         least = KVPool(config, PoolCapacity(3, 128, 40), dtype).usage().num_bytes
         for more in (0, 1, 5_000, 1_000_000):
-            capacity = PoolCapacity.within(least + more, config, dtype, **limits)
+            capacity = within(least + more, config, dtype)
             pool = KVPool(config, capacity, dtype)
             assert capacity.max_tokens % 128 == 0
             assert least + more - pool.body_nbytes < pool.usage().num_bytes <= least + more
         with pytest.raises(ConfigError, match=f"at least {least} bytes, not {least - 1}"):
-            PoolCapacity.within(least - 1, config, dtype, **limits)
+            within(least - 1, config, dtype)
