@@ -24,15 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/kvstore.proto\x12\tmodel1.v1\"\x8a\x03\n\rWorkerMessage\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12!\n\x05hello\x18\x02 \x01(\x0b\x32\x10.model1.v1.HelloH\x00\x12#\n\x06locate\x18\x03 \x01(\x0b\x32\x11.model1.v1.LocateH\x00\x12%\n\x07\x61\x63quire\x18\x04 \x01(\x0b\x32\x12.model1.v1.AcquireH\x00\x12*\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x18.model1.v1.CancelAcquireH\x00\x12%\n\x07release\x18\x06 \x01(\x0b\x32\x12.model1.v1.ReleaseH\x00\x12%\n\x07reserve\x18\x07 \x01(\x0b\x32\x12.model1.v1.ReserveH\x00\x12#\n\x06\x63ommit\x18\x08 \x01(\x0b\x32\x11.model1.v1.CommitH\x00\x12+\n\x07\x64\x61maged\x18\t \x01(\x0b\x32\x18.model1.v1.ReportDamagedH\x00\x12%\n\x07promote\x18\n \x01(\x0b\x32\x12.model1.v1.PromoteH\x00\x42\x06\n\x04\x62ody\"\xc9\x01\n\x0cStoreMessage\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12%\n\x07located\x18\x02 \x01(\x0b\x32\x12.model1.v1.LocatedH\x00\x12%\n\x07granted\x18\x03 \x01(\x0b\x32\x12.model1.v1.GrantedH\x00\x12\'\n\x08reserved\x18\x04 \x01(\x0b\x32\x13.model1.v1.ReservedH\x00\x12)\n\tcommitted\x18\x05 \x01(\x0b\x32\x14.model1.v1.CommittedH\x00\x42\x06\n\x04\x62ody\"l\n\x05Hello\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x13\n\x0bheld_leases\x18\x03 \x03(\x04\x12\x14\n\x0cmodel_digest\x18\x04 \x01(\x0c\x12\x15\n\rlayout_digest\x18\x05 \x01(\x0c\"/\n\x06Locate\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x02 \x01(\x01\"<\n\x07Located\x12\r\n\x05tiers\x18\x01 \x01(\x0c\x12\"\n\x05\x63osts\x18\x02 \x03(\x0b\x32\x13.model1.v1.TierCost\"0\n\x07\x41\x63quire\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x02 \x01(\x01\";\n\x07Granted\x12 \n\x06grants\x18\x01 \x03(\x0b\x32\x10.model1.v1.Grant\x12\x0e\n\x06missed\x18\x02 \x03(\r\"f\n\x05Grant\x12\r\n\x05index\x18\x01 \x01(\r\x12\x1f\n\x04tier\x18\x02 \x01(\x0e\x32\x11.model1.v1.KvTier\x12\r\n\x05lease\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06length\x18\x05 \x01(\x04\"\x0f\n\rCancelAcquire\"\x19\n\x07Release\x12\x0e\n\x06leases\x18\x01 \x03(\x04\"0\n\x07Reserve\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.model1.v1.ReserveItem\"*\n\x0bReserveItem\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06length\x18\x02 \x01(\x04\"*\n\x08Reserved\x12\x1e\n\x05rooms\x18\x01 \x03(\x0b\x32\x0f.model1.v1.Room\"6\n\x04Room\x12\x0f\n\x07present\x18\x01 \x01(\x08\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\x18\n\x06\x43ommit\x12\x0e\n\x06leases\x18\x01 \x03(\x04\"\x1b\n\tCommitted\x12\x0e\n\x06stored\x18\x01 \x01(\r\".\n\rReportDamaged\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x17\n\x07Promote\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\"^\n\x08TierCost\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.model1.v1.KvTier\x12\x17\n\x0flatency_seconds\x18\x02 \x01(\x01\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x01\"\x0f\n\rKvStatRequest\"\x1f\n\x0eKvStatResponse\x12\r\n\x05store\x18\x01 \x01(\t*h\n\x06KvTier\x12\x17\n\x13KV_TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKV_TIER_RAM\x10\x01\x12\x10\n\x0cKV_TIER_DISK\x10\x02\x12\x10\n\x0cKV_TIER_PEER\x10\x03\x12\x10\n\x0cKV_TIER_COLD\x10\x04\x32\x87\x01\n\x07KvStore\x12?\n\x06\x41ttach\x12\x18.model1.v1.WorkerMessage\x1a\x17.model1.v1.StoreMessage(\x01\x30\x01\x12;\n\x04Stat\x12\x18.model1.v1.KvStatRequest\x1a\x19.model1.v1.KvStatResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/kvstore.proto\x12\tmodel1.v1\"\x8a\x03\n\rWorkerMessage\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12!\n\x05hello\x18\x02 \x01(\x0b\x32\x10.model1.v1.HelloH\x00\x12#\n\x06locate\x18\x03 \x01(\x0b\x32\x11.model1.v1.LocateH\x00\x12%\n\x07\x61\x63quire\x18\x04 \x01(\x0b\x32\x12.model1.v1.AcquireH\x00\x12*\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x18.model1.v1.CancelAcquireH\x00\x12%\n\x07release\x18\x06 \x01(\x0b\x32\x12.model1.v1.ReleaseH\x00\x12%\n\x07reserve\x18\x07 \x01(\x0b\x32\x12.model1.v1.ReserveH\x00\x12#\n\x06\x63ommit\x18\x08 \x01(\x0b\x32\x11.model1.v1.CommitH\x00\x12+\n\x07\x64\x61maged\x18\t \x01(\x0b\x32\x18.model1.v1.ReportDamagedH\x00\x12%\n\x07promote\x18\n \x01(\x0b\x32\x12.model1.v1.PromoteH\x00\x42\x06\n\x04\x62ody\"\xc9\x01\n\x0cStoreMessage\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12%\n\x07located\x18\x02 \x01(\x0b\x32\x12.model1.v1.LocatedH\x00\x12%\n\x07granted\x18\x03 \x01(\x0b\x32\x12.model1.v1.GrantedH\x00\x12\'\n\x08reserved\x18\x04 \x01(\x0b\x32\x13.model1.v1.ReservedH\x00\x12)\n\tcommitted\x18\x05 \x01(\x0b\x32\x14.model1.v1.CommittedH\x00\x42\x06\n\x04\x62ody\"l\n\x05Hello\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x13\n\x0bheld_leases\x18\x03 \x03(\x04\x12\x14\n\x0cmodel_digest\x18\x04 \x01(\x0c\x12\x15\n\rlayout_digest\x18\x05 \x01(\x0c\"/\n\x06Locate\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x02 \x01(\x01\"<\n\x07Located\x12\r\n\x05tiers\x18\x01 \x01(\x0c\x12\"\n\x05\x63osts\x18\x02 \x03(\x0b\x32\x13.model1.v1.TierCost\"0\n\x07\x41\x63quire\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x02 \x01(\x01\";\n\x07Granted\x12 \n\x06grants\x18\x01 \x03(\x0b\x32\x10.model1.v1.Grant\x12\x0e\n\x06missed\x18\x02 \x03(\r\"f\n\x05Grant\x12\r\n\x05index\x18\x01 \x01(\r\x12\x1f\n\x04tier\x18\x02 \x01(\x0e\x32\x11.model1.v1.KvTier\x12\r\n\x05lease\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06length\x18\x05 \x01(\x04\"\x0f\n\rCancelAcquire\"\x19\n\x07Release\x12\x0e\n\x06leases\x18\x01 \x03(\x04\"0\n\x07Reserve\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.model1.v1.ReserveItem\"*\n\x0bReserveItem\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06length\x18\x02 \x01(\x04\"*\n\x08Reserved\x12\x1e\n\x05rooms\x18\x01 \x03(\x0b\x32\x0f.model1.v1.Room\"6\n\x04Room\x12\x0f\n\x07present\x18\x01 \x01(\x08\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\x18\n\x06\x43ommit\x12\x0e\n\x06leases\x18\x01 \x03(\x04\"\x1b\n\tCommitted\x12\x0e\n\x06stored\x18\x01 \x01(\r\".\n\rReportDamaged\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x17\n\x07Promote\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\"^\n\x08TierCost\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.model1.v1.KvTier\x12\x17\n\x0flatency_seconds\x18\x02 \x01(\x01\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x01\"^\n\x0bPeerRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x12\n\x08\x63ontains\x18\x02 \x01(\x0cH\x00\x12\x0f\n\x05\x66\x65tch\x18\x03 \x01(\x0cH\x00\x12\x11\n\x07suspect\x18\x04 \x01(\x0cH\x00\x42\x06\n\x04\x62ody\"r\n\x0cPeerResponse\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x12\n\x08presence\x18\x02 \x01(\x0cH\x00\x12#\n\x04part\x18\x03 \x01(\x0b\x32\x13.model1.v1.BlobPartH\x00\x12\x10\n\x06\x61\x62sent\x18\x04 \x01(\x08H\x00\x42\x06\n\x04\x62ody\"=\n\x08\x42lobPart\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x0f\n\rKvStatRequest\"\xdc\x01\n\x0eKvStatResponse\x12\r\n\x05store\x18\x01 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x02 \x01(\x01\x12\x0f\n\x07workers\x18\x03 \x01(\r\x12\x0e\n\x06leases\x18\x04 \x01(\r\x12\r\n\x05loads\x18\x05 \x01(\r\x12\x1a\n\x12loads_without_room\x18\x06 \x01(\x04\x12\x1c\n\x14refused_reservations\x18\x07 \x01(\x04\x12\x13\n\x0bpinned_keys\x18\x08 \x01(\r\x12$\n\x05tiers\x18\t \x03(\x0b\x32\x15.model1.v1.KvTierStat\"\xe5\x05\n\nKvTierStat\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.model1.v1.KvTier\x12\x10\n\x08\x64\x65graded\x18\x02 \x01(\t\x12\x12\n\x05\x62lobs\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x17\n\nused_bytes\x18\x04 \x01(\x04H\x01\x88\x01\x01\x12\x19\n\x0c\x62udget_bytes\x18\x05 \x01(\x04H\x02\x88\x01\x01\x12\x0c\n\x04hits\x18\x06 \x01(\x04\x12\x0e\n\x06misses\x18\x07 \x01(\x04\x12\x12\n\nhit_tokens\x18\x08 \x01(\x04\x12\x14\n\x0cloaded_bytes\x18\t \x01(\x04\x12\x18\n\x10load_seconds_p50\x18\n \x01(\x01\x12\x18\n\x10load_seconds_p99\x18\x0b \x01(\x01\x12\x18\n\x10\x62ytes_per_second\x18\x0c \x01(\x01\x12\x33\n\x07\x64\x61maged\x18\r \x03(\x0b\x32\".model1.v1.KvTierStat.DamagedEntry\x12\x14\n\x0cstored_blobs\x18\x0e \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x0f \x01(\x04\x12\x15\n\rwaiting_blobs\x18\x10 \x01(\r\x12\x15\n\rdropped_blobs\x18\x11 \x01(\x04\x12\x15\n\rrefused_blobs\x18\x12 \x01(\x04\x12\x15\n\revicted_blobs\x18\x13 \x01(\x04\x12\x12\n\nlost_blobs\x18\x14 \x01(\x04\x12\x18\n\x10lifetime_seconds\x18\x15 \x01(\x01\x12\x19\n\x11reuse_gap_seconds\x18\x16 \x01(\x01\x12\x35\n\x08\x66\x61ilures\x18\x17 \x03(\x0b\x32#.model1.v1.KvTierStat.FailuresEntry\x1a.\n\x0c\x44\x61magedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a/\n\rFailuresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x42\x08\n\x06_blobsB\r\n\x0b_used_bytesB\x0f\n\r_budget_bytes\"7\n\x0eKvWhereRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x02 \x01(\x01\"3\n\x0fKvWhereResponse\x12 \n\x05tiers\x18\x01 \x03(\x0e\x32\x11.model1.v1.KvTier\":\n\x11KvPrefetchRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x02 \x01(\x01\"&\n\x12KvPrefetchResponse\x12\x10\n\x08resident\x18\x01 \x01(\r\"+\n\x0cKvPinRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\r\n\x05until\x18\x02 \x01(\x01\"\x0f\n\rKvPinResponse\"\x1e\n\x0eKvUnpinRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"#\n\x0fKvUnpinResponse\x12\x10\n\x08unpinned\x18\x01 \x01(\r\"N\n\x0eKvEvictRequest\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.model1.v1.KvTier\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"5\n\x0fKvEvictResponse\x12\r\n\x05\x62lobs\x18\x01 \x01(\x04\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\"B\n\x0fKvVerifyRequest\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.model1.v1.KvTier\x12\x0e\n\x06repair\x18\x02 \x01(\x08\"\x8c\x01\n\x10KvVerifyResponse\x12\r\n\x05\x62lobs\x18\x01 \x01(\x04\x12\x39\n\x07\x64\x61maged\x18\x02 \x03(\x0b\x32(.model1.v1.KvVerifyResponse.DamagedEntry\x1a.\n\x0c\x44\x61magedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\r\n\x0bKvGcRequest\"P\n\x0cKvGcResponse\x12\x15\n\rdropped_blobs\x18\x01 \x01(\x04\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x65nded_leases\x18\x03 \x01(\x04\"\x1d\n\rKvReadRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"C\n\x0fKvWriteResponse\x12\x0e\n\x06stored\x18\x01 \x01(\r\x12\x0f\n\x07present\x18\x02 \x01(\r\x12\x0f\n\x07refused\x18\x03 \x01(\r\"&\n\x11KvSetPeersRequest\x12\x11\n\taddresses\x18\x01 \x03(\t\"\x14\n\x12KvSetPeersResponse*h\n\x06KvTier\x12\x17\n\x13KV_TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKV_TIER_RAM\x10\x01\x12\x10\n\x0cKV_TIER_DISK\x10\x02\x12\x10\n\x0cKV_TIER_PEER\x10\x03\x12\x10\n\x0cKV_TIER_COLD\x10\x04\x32\x8b\x01\n\x07KvStore\x12?\n\x06\x41ttach\x12\x18.model1.v1.WorkerMessage\x1a\x17.model1.v1.StoreMessage(\x01\x30\x01\x12?\n\x08\x45xchange\x12\x16.model1.v1.PeerRequest\x1a\x17.model1.v1.PeerResponse(\x01\x30\x01\x32\xc1\x05\n\x07KvAdmin\x12;\n\x04Stat\x12\x18.model1.v1.KvStatRequest\x1a\x19.model1.v1.KvStatResponse\x12>\n\x05Where\x12\x19.model1.v1.KvWhereRequest\x1a\x1a.model1.v1.KvWhereResponse\x12G\n\x08Prefetch\x12\x1c.model1.v1.KvPrefetchRequest\x1a\x1d.model1.v1.KvPrefetchResponse\x12\x38\n\x03Pin\x12\x17.model1.v1.KvPinRequest\x1a\x18.model1.v1.KvPinResponse\x12>\n\x05Unpin\x12\x19.model1.v1.KvUnpinRequest\x1a\x1a.model1.v1.KvUnpinResponse\x12>\n\x05\x45vict\x12\x19.model1.v1.KvEvictRequest\x1a\x1a.model1.v1.KvEvictResponse\x12\x41\n\x06Verify\x12\x1a.model1.v1.KvVerifyRequest\x1a\x1b.model1.v1.KvVerifyResponse\x12\x35\n\x02Gc\x12\x16.model1.v1.KvGcRequest\x1a\x17.model1.v1.KvGcResponse\x12\x37\n\x04Read\x12\x18.model1.v1.KvReadRequest\x1a\x13.model1.v1.BlobPart0\x01\x12:\n\x05Write\x12\x13.model1.v1.BlobPart\x1a\x1a.model1.v1.KvWriteResponse(\x01\x12G\n\x08SetPeers\x12\x1c.model1.v1.KvSetPeersRequest\x1a\x1d.model1.v1.KvSetPeersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.kvstore_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KVTIER']._serialized_start=1584
-  _globals['_KVTIER']._serialized_end=1688
+  _globals['_KVTIERSTAT_DAMAGEDENTRY']._loaded_options = None
+  _globals['_KVTIERSTAT_DAMAGEDENTRY']._serialized_options = b'8\001'
+  _globals['_KVTIERSTAT_FAILURESENTRY']._loaded_options = None
+  _globals['_KVTIERSTAT_FAILURESENTRY']._serialized_options = b'8\001'
+  _globals['_KVVERIFYRESPONSE_DAMAGEDENTRY']._loaded_options = None
+  _globals['_KVVERIFYRESPONSE_DAMAGEDENTRY']._serialized_options = b'8\001'
+  _globals['_KVTIER']._serialized_start=3739
+  _globals['_KVTIER']._serialized_end=3843
   _globals['_WORKERMESSAGE']._serialized_start=36
   _globals['_WORKERMESSAGE']._serialized_end=430
   _globals['_STOREMESSAGE']._serialized_start=433
@@ -71,10 +77,62 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMOTE']._serialized_end=1436
   _globals['_TIERCOST']._serialized_start=1438
   _globals['_TIERCOST']._serialized_end=1532
-  _globals['_KVSTATREQUEST']._serialized_start=1534
-  _globals['_KVSTATREQUEST']._serialized_end=1549
-  _globals['_KVSTATRESPONSE']._serialized_start=1551
-  _globals['_KVSTATRESPONSE']._serialized_end=1582
-  _globals['_KVSTORE']._serialized_start=1691
-  _globals['_KVSTORE']._serialized_end=1826
+  _globals['_PEERREQUEST']._serialized_start=1534
+  _globals['_PEERREQUEST']._serialized_end=1628
+  _globals['_PEERRESPONSE']._serialized_start=1630
+  _globals['_PEERRESPONSE']._serialized_end=1744
+  _globals['_BLOBPART']._serialized_start=1746
+  _globals['_BLOBPART']._serialized_end=1807
+  _globals['_KVSTATREQUEST']._serialized_start=1809
+  _globals['_KVSTATREQUEST']._serialized_end=1824
+  _globals['_KVSTATRESPONSE']._serialized_start=1827
+  _globals['_KVSTATRESPONSE']._serialized_end=2047
+  _globals['_KVTIERSTAT']._serialized_start=2050
+  _globals['_KVTIERSTAT']._serialized_end=2791
+  _globals['_KVTIERSTAT_DAMAGEDENTRY']._serialized_start=2654
+  _globals['_KVTIERSTAT_DAMAGEDENTRY']._serialized_end=2700
+  _globals['_KVTIERSTAT_FAILURESENTRY']._serialized_start=2702
+  _globals['_KVTIERSTAT_FAILURESENTRY']._serialized_end=2749
+  _globals['_KVWHEREREQUEST']._serialized_start=2793
+  _globals['_KVWHEREREQUEST']._serialized_end=2848
+  _globals['_KVWHERERESPONSE']._serialized_start=2850
+  _globals['_KVWHERERESPONSE']._serialized_end=2901
+  _globals['_KVPREFETCHREQUEST']._serialized_start=2903
+  _globals['_KVPREFETCHREQUEST']._serialized_end=2961
+  _globals['_KVPREFETCHRESPONSE']._serialized_start=2963
+  _globals['_KVPREFETCHRESPONSE']._serialized_end=3001
+  _globals['_KVPINREQUEST']._serialized_start=3003
+  _globals['_KVPINREQUEST']._serialized_end=3046
+  _globals['_KVPINRESPONSE']._serialized_start=3048
+  _globals['_KVPINRESPONSE']._serialized_end=3063
+  _globals['_KVUNPINREQUEST']._serialized_start=3065
+  _globals['_KVUNPINREQUEST']._serialized_end=3095
+  _globals['_KVUNPINRESPONSE']._serialized_start=3097
+  _globals['_KVUNPINRESPONSE']._serialized_end=3132
+  _globals['_KVEVICTREQUEST']._serialized_start=3134
+  _globals['_KVEVICTREQUEST']._serialized_end=3212
+  _globals['_KVEVICTRESPONSE']._serialized_start=3214
+  _globals['_KVEVICTRESPONSE']._serialized_end=3267
+  _globals['_KVVERIFYREQUEST']._serialized_start=3269
+  _globals['_KVVERIFYREQUEST']._serialized_end=3335
+  _globals['_KVVERIFYRESPONSE']._serialized_start=3338
+  _globals['_KVVERIFYRESPONSE']._serialized_end=3478
+  _globals['_KVVERIFYRESPONSE_DAMAGEDENTRY']._serialized_start=2654
+  _globals['_KVVERIFYRESPONSE_DAMAGEDENTRY']._serialized_end=2700
+  _globals['_KVGCREQUEST']._serialized_start=3480
+  _globals['_KVGCREQUEST']._serialized_end=3493
+  _globals['_KVGCRESPONSE']._serialized_start=3495
+  _globals['_KVGCRESPONSE']._serialized_end=3575
+  _globals['_KVREADREQUEST']._serialized_start=3577
+  _globals['_KVREADREQUEST']._serialized_end=3606
+  _globals['_KVWRITERESPONSE']._serialized_start=3608
+  _globals['_KVWRITERESPONSE']._serialized_end=3675
+  _globals['_KVSETPEERSREQUEST']._serialized_start=3677
+  _globals['_KVSETPEERSREQUEST']._serialized_end=3715
+  _globals['_KVSETPEERSRESPONSE']._serialized_start=3717
+  _globals['_KVSETPEERSRESPONSE']._serialized_end=3737
+  _globals['_KVSTORE']._serialized_start=3846
+  _globals['_KVSTORE']._serialized_end=3985
+  _globals['_KVADMIN']._serialized_start=3988
+  _globals['_KVADMIN']._serialized_end=4693
 # @@protoc_insertion_point(module_scope)

@@ -39,10 +39,10 @@ class KvStoreStub:
                 request_serializer=protos_dot_kvstore__pb2.WorkerMessage.SerializeToString,
                 response_deserializer=protos_dot_kvstore__pb2.StoreMessage.FromString,
                 _registered_method=True)
-        self.Stat = channel.unary_unary(
-                '/model1.v1.KvStore/Stat',
-                request_serializer=protos_dot_kvstore__pb2.KvStatRequest.SerializeToString,
-                response_deserializer=protos_dot_kvstore__pb2.KvStatResponse.FromString,
+        self.Exchange = channel.stream_stream(
+                '/model1.v1.KvStore/Exchange',
+                request_serializer=protos_dot_kvstore__pb2.PeerRequest.SerializeToString,
+                response_deserializer=protos_dot_kvstore__pb2.PeerResponse.FromString,
                 _registered_method=True)
 
 
@@ -58,8 +58,10 @@ class KvStoreServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Stat(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+    def Exchange(self, request_iterator, context):
+        """One long-lived stream from each other node's store. What is asked for is answered from this
+        node's RAM and disk alone.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -72,10 +74,10 @@ def add_KvStoreServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_kvstore__pb2.WorkerMessage.FromString,
                     response_serializer=protos_dot_kvstore__pb2.StoreMessage.SerializeToString,
             ),
-            'Stat': grpc.unary_unary_rpc_method_handler(
-                    servicer.Stat,
-                    request_deserializer=protos_dot_kvstore__pb2.KvStatRequest.FromString,
-                    response_serializer=protos_dot_kvstore__pb2.KvStatResponse.SerializeToString,
+            'Exchange': grpc.stream_stream_rpc_method_handler(
+                    servicer.Exchange,
+                    request_deserializer=protos_dot_kvstore__pb2.PeerRequest.FromString,
+                    response_serializer=protos_dot_kvstore__pb2.PeerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -116,6 +118,250 @@ class KvStore:
             _registered_method=True)
 
     @staticmethod
+    def Exchange(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/model1.v1.KvStore/Exchange',
+            protos_dot_kvstore__pb2.PeerRequest.SerializeToString,
+            protos_dot_kvstore__pb2.PeerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class KvAdminStub:
+    """What gateways and operators ask of a node's KV store. Keys are of 32 bytes.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Stat = channel.unary_unary(
+                '/model1.v1.KvAdmin/Stat',
+                request_serializer=protos_dot_kvstore__pb2.KvStatRequest.SerializeToString,
+                response_deserializer=protos_dot_kvstore__pb2.KvStatResponse.FromString,
+                _registered_method=True)
+        self.Where = channel.unary_unary(
+                '/model1.v1.KvAdmin/Where',
+                request_serializer=protos_dot_kvstore__pb2.KvWhereRequest.SerializeToString,
+                response_deserializer=protos_dot_kvstore__pb2.KvWhereResponse.FromString,
+                _registered_method=True)
+        self.Prefetch = channel.unary_unary(
+                '/model1.v1.KvAdmin/Prefetch',
+                request_serializer=protos_dot_kvstore__pb2.KvPrefetchRequest.SerializeToString,
+                response_deserializer=protos_dot_kvstore__pb2.KvPrefetchResponse.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/model1.v1.KvAdmin/Pin',
+                request_serializer=protos_dot_kvstore__pb2.KvPinRequest.SerializeToString,
+                response_deserializer=protos_dot_kvstore__pb2.KvPinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/model1.v1.KvAdmin/Unpin',
+                request_serializer=protos_dot_kvstore__pb2.KvUnpinRequest.SerializeToString,
+                response_deserializer=protos_dot_kvstore__pb2.KvUnpinResponse.FromString,
+                _registered_method=True)
+        self.Evict = channel.unary_unary(
+                '/model1.v1.KvAdmin/Evict',
+                request_serializer=protos_dot_kvstore__pb2.KvEvictRequest.SerializeToString,
+                response_deserializer=protos_dot_kvstore__pb2.KvEvictResponse.FromString,
+                _registered_method=True)
+        self.Verify = channel.unary_unary(
+                '/model1.v1.KvAdmin/Verify',
+                request_serializer=protos_dot_kvstore__pb2.KvVerifyRequest.SerializeToString,
+                response_deserializer=protos_dot_kvstore__pb2.KvVerifyResponse.FromString,
+                _registered_method=True)
+        self.Gc = channel.unary_unary(
+                '/model1.v1.KvAdmin/Gc',
+                request_serializer=protos_dot_kvstore__pb2.KvGcRequest.SerializeToString,
+                response_deserializer=protos_dot_kvstore__pb2.KvGcResponse.FromString,
+                _registered_method=True)
+        self.Read = channel.unary_stream(
+                '/model1.v1.KvAdmin/Read',
+                request_serializer=protos_dot_kvstore__pb2.KvReadRequest.SerializeToString,
+                response_deserializer=protos_dot_kvstore__pb2.BlobPart.FromString,
+                _registered_method=True)
+        self.Write = channel.stream_unary(
+                '/model1.v1.KvAdmin/Write',
+                request_serializer=protos_dot_kvstore__pb2.BlobPart.SerializeToString,
+                response_deserializer=protos_dot_kvstore__pb2.KvWriteResponse.FromString,
+                _registered_method=True)
+        self.SetPeers = channel.unary_unary(
+                '/model1.v1.KvAdmin/SetPeers',
+                request_serializer=protos_dot_kvstore__pb2.KvSetPeersRequest.SerializeToString,
+                response_deserializer=protos_dot_kvstore__pb2.KvSetPeersResponse.FromString,
+                _registered_method=True)
+
+
+class KvAdminServicer:
+    """What gateways and operators ask of a node's KV store. Keys are of 32 bytes.
+    """
+
+    def Stat(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Where(self, request, context):
+        """The fastest tier that has each blob; a hint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prefetch(self, request, context):
+        """Brings blobs into RAM and answers when they are there, cannot be, or the time is over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Eviction spares these on this node, whether it has them now or later. Lost with the process.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Evict(self, request, context):
+        """Forgets blobs of one tier: these, or the least useful ones until so many bytes are free.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Verify(self, request, context):
+        """Reads every blob of a tier and checks it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Gc(self, request, context):
+        """Forgets what nobody asked for since the time to live, and what workers left behind that died.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Read(self, request, context):
+        """The sealed blobs in the order of the keys, from whatever tier; those of no tier are left out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Write(self, request_iterator, context):
+        """Sealed blobs, one after the other. What does not verify is refused and counted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPeers(self, request, context):
+        """The other nodes' stores from now on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_KvAdminServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Stat': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stat,
+                    request_deserializer=protos_dot_kvstore__pb2.KvStatRequest.FromString,
+                    response_serializer=protos_dot_kvstore__pb2.KvStatResponse.SerializeToString,
+            ),
+            'Where': grpc.unary_unary_rpc_method_handler(
+                    servicer.Where,
+                    request_deserializer=protos_dot_kvstore__pb2.KvWhereRequest.FromString,
+                    response_serializer=protos_dot_kvstore__pb2.KvWhereResponse.SerializeToString,
+            ),
+            'Prefetch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prefetch,
+                    request_deserializer=protos_dot_kvstore__pb2.KvPrefetchRequest.FromString,
+                    response_serializer=protos_dot_kvstore__pb2.KvPrefetchResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=protos_dot_kvstore__pb2.KvPinRequest.FromString,
+                    response_serializer=protos_dot_kvstore__pb2.KvPinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=protos_dot_kvstore__pb2.KvUnpinRequest.FromString,
+                    response_serializer=protos_dot_kvstore__pb2.KvUnpinResponse.SerializeToString,
+            ),
+            'Evict': grpc.unary_unary_rpc_method_handler(
+                    servicer.Evict,
+                    request_deserializer=protos_dot_kvstore__pb2.KvEvictRequest.FromString,
+                    response_serializer=protos_dot_kvstore__pb2.KvEvictResponse.SerializeToString,
+            ),
+            'Verify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=protos_dot_kvstore__pb2.KvVerifyRequest.FromString,
+                    response_serializer=protos_dot_kvstore__pb2.KvVerifyResponse.SerializeToString,
+            ),
+            'Gc': grpc.unary_unary_rpc_method_handler(
+                    servicer.Gc,
+                    request_deserializer=protos_dot_kvstore__pb2.KvGcRequest.FromString,
+                    response_serializer=protos_dot_kvstore__pb2.KvGcResponse.SerializeToString,
+            ),
+            'Read': grpc.unary_stream_rpc_method_handler(
+                    servicer.Read,
+                    request_deserializer=protos_dot_kvstore__pb2.KvReadRequest.FromString,
+                    response_serializer=protos_dot_kvstore__pb2.BlobPart.SerializeToString,
+            ),
+            'Write': grpc.stream_unary_rpc_method_handler(
+                    servicer.Write,
+                    request_deserializer=protos_dot_kvstore__pb2.BlobPart.FromString,
+                    response_serializer=protos_dot_kvstore__pb2.KvWriteResponse.SerializeToString,
+            ),
+            'SetPeers': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPeers,
+                    request_deserializer=protos_dot_kvstore__pb2.KvSetPeersRequest.FromString,
+                    response_serializer=protos_dot_kvstore__pb2.KvSetPeersResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'model1.v1.KvAdmin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('model1.v1.KvAdmin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class KvAdmin:
+    """What gateways and operators ask of a node's KV store. Keys are of 32 bytes.
+    """
+
+    @staticmethod
     def Stat(request,
             target,
             options=(),
@@ -129,9 +375,279 @@ class KvStore:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/model1.v1.KvStore/Stat',
+            '/model1.v1.KvAdmin/Stat',
             protos_dot_kvstore__pb2.KvStatRequest.SerializeToString,
             protos_dot_kvstore__pb2.KvStatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Where(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.KvAdmin/Where',
+            protos_dot_kvstore__pb2.KvWhereRequest.SerializeToString,
+            protos_dot_kvstore__pb2.KvWhereResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prefetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.KvAdmin/Prefetch',
+            protos_dot_kvstore__pb2.KvPrefetchRequest.SerializeToString,
+            protos_dot_kvstore__pb2.KvPrefetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.KvAdmin/Pin',
+            protos_dot_kvstore__pb2.KvPinRequest.SerializeToString,
+            protos_dot_kvstore__pb2.KvPinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.KvAdmin/Unpin',
+            protos_dot_kvstore__pb2.KvUnpinRequest.SerializeToString,
+            protos_dot_kvstore__pb2.KvUnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.KvAdmin/Evict',
+            protos_dot_kvstore__pb2.KvEvictRequest.SerializeToString,
+            protos_dot_kvstore__pb2.KvEvictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.KvAdmin/Verify',
+            protos_dot_kvstore__pb2.KvVerifyRequest.SerializeToString,
+            protos_dot_kvstore__pb2.KvVerifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Gc(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.KvAdmin/Gc',
+            protos_dot_kvstore__pb2.KvGcRequest.SerializeToString,
+            protos_dot_kvstore__pb2.KvGcResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Read(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/model1.v1.KvAdmin/Read',
+            protos_dot_kvstore__pb2.KvReadRequest.SerializeToString,
+            protos_dot_kvstore__pb2.BlobPart.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Write(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/model1.v1.KvAdmin/Write',
+            protos_dot_kvstore__pb2.BlobPart.SerializeToString,
+            protos_dot_kvstore__pb2.KvWriteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPeers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.KvAdmin/SetPeers',
+            protos_dot_kvstore__pb2.KvSetPeersRequest.SerializeToString,
+            protos_dot_kvstore__pb2.KvSetPeersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -15,8 +15,9 @@ from protos import kvstore_pb2
 from services.kv_keys import KEY_BYTES
 from services.kvstore.blob import Damaged, read_header
 from services.kvstore.leases import Holder, LeaseBook
+from services.kvstore.loads import Found, Identity
 from services.kvstore.ram import Reservation, Resident
-from services.kvstore.store import Found, Identity, TieredStore
+from services.kvstore.store import TieredStore
 from services.kvstore.tier import Tier
 
 log = logging.getLogger(__name__)

@@ -55,6 +55,7 @@ class Resident:
 @dataclass(slots=True)
 class RamCounts:
     inserted_blobs: int = 0
+    inserted_bytes: int = 0
     evicted_blobs: int = 0
     # Of the evicted, those that no other tier had.
     lost_blobs: int = 0
@@ -68,17 +69,20 @@ class RamCounts:
 
 @dataclass(eq=False)
 class RamTier:
-    """`arena` becomes this object's. `clock` is in seconds."""
+    """`arena` becomes this object's. `clock` is in seconds.
+
+    What is `pinned` stays, what is `unsaved` stays as long as others can make way.
+    """
 
     arena: Arena
     policy: EvictionPolicy
     clock: Callable[[], float]
     unsaved: Callable[[bytes], bool]
+    pinned: Callable[[bytes], bool]
     counts: RamCounts = field(default_factory=RamCounts)
     _residents: dict[bytes, Resident] = field(default_factory=dict)
     _leaving: set[Resident] = field(default_factory=set)
     _reservations: set[Reservation] = field(default_factory=set)
-    _pinned_until: dict[bytes, float] = field(default_factory=dict)
     _waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
     def __contains__(self, key: bytes) -> bool:
@@ -126,8 +130,9 @@ class RamTier:
 
     def reserve(self, key: bytes, nbytes: int) -> Reservation | None:
         """A span of `nbytes`, if need be in the place of blobs that leave; None if none can."""
-        while (span := self.arena.allocate(nbytes)) is None:
-            if not self._evict_one():
+        fits = nbytes <= self.arena.capacity_bytes
+        while (span := self.arena.allocate(nbytes) if fits else None) is None:
+            if not fits or not self._evict_one():
                 self.counts.refused_reservations += 1
                 return None
         reservation = Reservation(key, span)
@@ -154,6 +159,7 @@ class RamTier:
         self._residents[header.key] = resident
         self.policy.insert(header.key, reservation.span.length, now)
         self.counts.inserted_blobs += 1
+        self.counts.inserted_bytes += header.nbytes
         return resident
 
     async def wait_for_room(self) -> None:
@@ -189,30 +195,15 @@ class RamTier:
             pass
         return before - self.used_bytes
 
-    def drop_unused_since(self, seconds: float) -> int:
-        """Drop what nobody asked for since then (on the clock), pinned blobs aside."""
+    def drop_unused_for(self, seconds: float) -> int:
+        """Drop what nobody asked for in that time, pinned blobs aside; how many."""
+        before = self.clock() - seconds
         idle = [
             resident
             for key, resident in self._residents.items()
-            if resident.used_seconds < seconds and not resident.users and not self.is_pinned(key)
+            if resident.used_seconds < before and self._may_leave(key)
         ]
         return sum(map(self.drop, idle))
-
-    def pin(self, key: bytes, until_seconds: float) -> None:
-        """Not evicted before then (on the clock), resident now or later."""
-        self._pinned_until[key] = until_seconds
-
-    def unpin(self, key: bytes) -> bool:
-        return self._pinned_until.pop(key, None) is not None
-
-    def is_pinned(self, key: bytes) -> bool:
-        until = self._pinned_until.get(key)
-        if until is None:
-            return False
-        if until <= self.clock():
-            del self._pinned_until[key]
-            return False
-        return True
 
     # --- what there is
 
@@ -221,14 +212,10 @@ class RamTier:
         return self.arena.used_bytes
 
     @property
-    def num_pinned(self) -> int:
-        return sum(map(self.is_pinned, list(self._pinned_until)))
-
-    @property
-    def num_in_use(self) -> int:
-        """Blobs with users, and reservations: 0 when nobody has anything under way."""
-        used = sum(1 for resident in self._residents.values() if resident.users)
-        return used + len(self._leaving) + len(self._reservations)
+    def num_uses(self) -> int:
+        """Of blobs, and reservations: 0 when nobody has anything under way."""
+        used = (*self._residents.values(), *self._leaving)
+        return sum(resident.users for resident in used) + len(self._reservations)
 
     def check(self) -> None:
         """Every span of the arena has exactly one owner here."""
@@ -260,7 +247,7 @@ class RamTier:
         return True
 
     def _may_leave(self, key: bytes) -> bool:
-        return not self._residents[key].users and not self.is_pinned(key)
+        return not self._residents[key].users and not self.pinned(key)
 
     def _leave(self, resident: Resident) -> None:
         resident.leaving = True

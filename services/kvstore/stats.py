@@ -30,8 +30,6 @@ class TierStats:
     misses: int = 0
     hit_tokens: int = 0
     loaded_bytes: int = 0
-    stored_blobs: int = 0
-    stored_bytes: int = 0
     damaged: Counter[str] = field(default_factory=Counter)
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_REMEMBERED_LOADS))
     _loading: int = 0
@@ -66,10 +64,6 @@ class TierStats:
         self.hits += 1
         self.hit_tokens += tokens_of(header)
         self.loaded_bytes += header.nbytes
-
-    def stored(self, nbytes: int) -> None:
-        self.stored_blobs += 1
-        self.stored_bytes += nbytes
 
     def latency_seconds(self, quantile: float) -> float:
         """Of the last loads; 0 while there are none."""

@@ -1,37 +1,32 @@
 """Finds, brings into RAM and lends the blobs of a node: RAM first, then each lower tier in turn.
 
-One event loop owns it. A blob is wanted by many at once and loaded once; what does not verify is
-counted, dropped where it lay, and asked of the next tier. Knows no messages and no clients.
+One event loop owns it. Every blob that a worker brings goes on to the lower tiers in the
+background. Knows no messages and no clients.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
-from services.kvstore.blob import BlobHeader, Damaged, DamageReason
-from services.kvstore.ram import RamTier, Reservation, Resident
+from services.kvstore.arena import Arena
+from services.kvstore.blob import BlobHeader, Damaged, check_blob
+from services.kvstore.loads import Found, Identity, Loads
+from services.kvstore.pins import Pins
+from services.kvstore.ram import EvictionPolicy, RamTier, Reservation, Resident
 from services.kvstore.stats import TierStats
-from services.kvstore.tier import LowerTier, NoRoom, Tier, TierCost
+from services.kvstore.threads import finished
+from services.kvstore.tier import KeptTier, LowerTier, Tier, TierCost
+from services.kvstore.writeback import WriteBack, WriteBackLimits
 
 log = logging.getLogger(__name__)
 
-
-class Identity(NamedTuple):
-    """What a blob must carry for a worker to understand it; 16 bytes each."""
-
-    model_digest: bytes
-    layout_digest: bytes
-
-
-class Found(NamedTuple):
-    """A blob in RAM and the tier that had it; the receiver is among its users."""
-
-    resident: Resident
-    tier: Tier
+# What nobody waits for is given up after so long.
+PROMOTE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,58 +37,79 @@ class StoreLimits:
     loads: int = 32
     # How long a load waits for somebody to let go of RAM.
     room_wait_seconds: float = 2.0
+    # Of each tier.
+    write_back: WriteBackLimits = field(default_factory=WriteBackLimits)
 
 
-class _Load:
-    """One blob on its way into RAM, and how many wait for it."""
+class Below(NamedTuple):
+    """The tiers below RAM, fastest first. Those that are None are off."""
 
-    def __init__(self, identity: Identity | None) -> None:
-        self.identity = identity
-        self.waiting = 0
-        self.done: asyncio.Future[Found | None] = asyncio.get_running_loop().create_future()
+    disk: KeptTier | None = None
+    peers: LowerTier | None = None
+    cold: KeptTier | None = None
+
+    @property
+    def tiers(self) -> list[LowerTier]:
+        return [tier for tier in self if tier is not None]
+
+    @property
+    def kept(self) -> list[KeptTier]:
+        """Those that get every new blob."""
+        return [tier for tier in (self.disk, self.cold) if tier is not None]
 
 
 class TieredStore:
-    """Owner of `ram` and of the loads under way. `lower` is ordered, fastest first."""
+    """Owner of RAM, of the loads under way and of what waits to be written to the lower tiers.
+
+    The tiers below stay the caller's. What workers bring goes to all of them but the peers, what
+    comes up from peers and the cold tier goes to the disk.
+    """
 
     def __init__(
         self,
-        ram: RamTier,
-        lower: Sequence[LowerTier],
+        arena: Arena,
+        policy: EvictionPolicy,
+        below: Below,
+        pins: Pins,
         limits: StoreLimits,
         *,
         clock: Callable[[], float],
     ) -> None:
-        self.ram = ram
-        self.stats = {tier: TierStats() for tier in (Tier.RAM, *(each.tier for each in lower))}
-        self.no_room = 0
-        self._lower = tuple(lower)
+        self.ram = RamTier(arena, policy, clock, unsaved=self._unsaved, pinned=self._must_stay)
+        self.below = below
+        self.pins = pins
+        self.stats = {Tier.RAM: TierStats(), **{each.tier: TierStats() for each in below.tiers}}
+        self.write_backs = {
+            each.tier: WriteBack(each, self.ram, limits.write_back, damaged=self.drop_damaged)
+            for each in below.kept
+        }
+        self.loads = Loads(
+            self.ram,
+            below.tiers,
+            self.stats,
+            arrived=self._arrived,
+            clock=clock,
+            max_loads=limits.loads,
+            room_wait_seconds=limits.room_wait_seconds,
+        )
         self._limits = limits
-        self._clock = clock
-        self._loads: dict[bytes, _Load] = {}
-        self._load_slots = asyncio.Semaphore(limits.loads)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[int]] = set()
 
     async def locate(self, keys: Sequence[bytes], timeout_seconds: float) -> list[Tier | None]:
         """The fastest tier that has each blob, as far as it answers in time. A hint, no promise."""
-        found: list[Tier | None] = [Tier.RAM if key in self.ram else None for key in keys]
+        found = [self._where(key) for key in keys]
+        indexes = [index for index, tier in enumerate(found) if tier is None]
+        unknown = [keys[index] for index in indexes]
 
         async def ask(lower: LowerTier) -> None:
-            indexes = [index for index, tier in enumerate(found) if tier is None]
-            there = await lower.contains([keys[index] for index in indexes]) if indexes else []
-            for index, has_it in zip(indexes, there, strict=True):
+            for index, has_it in zip(indexes, await lower.contains(unknown), strict=True):
                 if has_it:
                     found[index] = min(found[index] or lower.tier, lower.tier)
 
         try:
-            async with asyncio.timeout(timeout_seconds):
-                for lower in self._lower:
-                    if lower.tier is Tier.DISK:
-                        await ask(lower)
-                async with asyncio.TaskGroup() as tasks:
-                    for lower in self._lower:
-                        if lower.tier is not Tier.DISK:
-                            tasks.create_task(ask(lower))
+            async with asyncio.timeout(timeout_seconds), asyncio.TaskGroup() as tasks:
+                for lower in self.below.tiers if unknown else ():
+                    tasks.create_task(ask(lower))
         except TimeoutError:
             log.info("locate_late timeout_seconds=%.3f keys=%d", timeout_seconds, len(keys))
         return found
@@ -119,7 +135,7 @@ class TieredStore:
 
         async def load_one_by_one() -> None:
             for index in indexes:
-                found = await self.obtain(keys[index], identity)
+                found = await self._find(keys[index], identity)
                 del missing[index]
                 deliver(index, found)
 
@@ -131,38 +147,41 @@ class TieredStore:
             for index in list(missing):
                 deliver(index, None)
 
-    async def obtain(self, key: bytes, identity: Identity | None) -> Found | None:
+    async def obtain(self, key: bytes) -> Found | None:
         """The blob of `key`, in RAM, the caller among its users; None if no tier has it."""
-        if (resident := self._use(key)) is not None:
-            return Found(resident, Tier.RAM)
-        load = self._loads.get(key)
-        if load is None:
-            load = self._loads[key] = _Load(identity)
-            self._run(self._load(key, load))
-        load.waiting += 1
-        try:
-            return await asyncio.shield(load.done)
-        except asyncio.CancelledError:
-            if not load.done.done():
-                load.waiting -= 1
-            elif (found := load.done.result()) is not None:
-                self.ram.let_go(found.resident)  # it came at the moment when nobody wanted it
-            raise
+        resident = self._use(key)
+        return await self._find(key, None) if resident is None else Found(resident, Tier.RAM)
+
+    async def bring(self, keys: Sequence[bytes], timeout_seconds: float) -> int:
+        """Bring these into RAM, as far as there is time and room; how many are there."""
+        num_found = 0
+
+        def let_go(_index: int, found: Found | None) -> None:
+            nonlocal num_found
+            if found is not None:
+                num_found += 1
+                self.ram.let_go(found.resident)
+
+        await self.acquire(keys, let_go, timeout_seconds=timeout_seconds, identity=None)
+        return num_found
 
     def promote(self, keys: Sequence[bytes]) -> None:
         """Bring these into RAM when there is time; nobody waits for them."""
-        missing = [key for key in keys if key not in self.ram and key not in self._loads]
+        missing = [key for key in keys if key not in self.ram]
         if missing:
-            self._run(self._promote(missing))
+            task = asyncio.create_task(self.bring(missing, PROMOTE_SECONDS))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def holds(self, key: bytes) -> bool:
         """Whether a worker need not bring this blob."""
-        return key in self.ram
+        return self._where(key) is not None
 
     def insert(self, reservation: Reservation, header: BlobHeader) -> None:
         """A worker has filled a reservation with a sealed blob."""
         self.ram.let_go(self.ram.insert(reservation, header))
-        self.stats[Tier.RAM].stored(header.nbytes)
+        for write_back in self.write_backs.values():
+            write_back.add(header.key)
 
     def drop_damaged(self, resident: Resident, reason: str) -> None:
         """A reader found that the copy in RAM does not verify. Others still may use it."""
@@ -170,22 +189,67 @@ class TieredStore:
         log.warning("damaged_blob tier=RAM reason=%s key=%s", reason, resident.header.key.hex())
         self.ram.drop(resident)
 
+    async def suspect(self, key: bytes) -> None:
+        """Somebody read the copy in RAM and it did not verify: look at it."""
+        resident = self.ram.hold(key)
+        if resident is None:
+            return
+        try:
+            await self.check_in_ram(resident)
+        except Damaged as damage:
+            self.drop_damaged(resident, damage.reason)
+        finally:
+            self.ram.let_go(resident)
+
+    async def check_in_ram(self, resident: Resident) -> None:
+        """Verify a blob that the caller uses; raises Damaged."""
+        blob = self.ram.arena.view(resident.span)
+        work = partial(check_blob, blob, resident.header.key)
+        await finished(asyncio.get_running_loop().run_in_executor(None, work))
+
     def costs(self) -> dict[Tier, TierCost]:
         """Of the lower tiers that work and were measured."""
         return {
             lower.tier: cost
-            for lower in self._lower
+            for lower in self.below.tiers
             if lower.degraded is None and (cost := self.stats[lower.tier].cost) is not None
         }
 
+    async def flush(self) -> None:
+        """Until every blob is in all tiers that take it, or was given up and counted."""
+        for write_back in self.write_backs.values():
+            await write_back.finished()
+
     async def close(self) -> None:
+        """Give up what is under way. The lower tiers stay open: they are the caller's."""
+        for write_back in self.write_backs.values():
+            await write_back.close()
         for task in self._tasks:
             task.cancel()
+        await self.loads.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
     def check(self) -> None:
         self.ram.check()
+
+    def _where(self, key: bytes) -> Tier | None:
+        """The fastest tier that has the blob, as far as that is known without asking anybody."""
+        if key in self.ram:
+            return Tier.RAM
+        return next((lower.tier for lower in self.below.tiers if lower.has(key)), None)
+
+    def _arrived(self, found: Found) -> None:
+        if (to_disk := self.write_backs.get(Tier.DISK)) is not None:
+            to_disk.add(found.resident.header.key)
+
+    def _must_stay(self, key: bytes) -> bool:
+        """A pin keeps a blob on the node, and keeps RAM from nobody when the disk has it."""
+        on_disk = self.below.disk is not None and self.below.disk.has(key)
+        return key in self.pins and not on_disk
+
+    def _unsaved(self, key: bytes) -> bool:
+        return any(write_back.may_save(key) for write_back in self.write_backs.values())
 
     def _use(self, key: bytes) -> Resident | None:
         stats = self.stats[Tier.RAM]
@@ -196,99 +260,8 @@ class TieredStore:
             stats.hit(resident.header)
         return resident
 
-    def _run(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _load(self, key: bytes, load: _Load) -> None:
-        found: Found | None = None
-        try:
-            async with self._load_slots:
-                if load.waiting:
-                    found = await self._ask_lower_tiers(key, load.identity)
-        except Exception:  # a bug; those who wait must not wait for ever
-            log.exception("load_failed key=%s", key.hex())
-        finally:
-            del self._loads[key]
-            if found is not None:
-                # One use each for those who wait, on top of the load's own.
-                found.resident.users += load.waiting
-                self.ram.let_go(found.resident)
-            load.done.set_result(found)
-
-    async def _ask_lower_tiers(self, key: bytes, identity: Identity | None) -> Found | None:
-        for lower in self._lower:
-            room = _Room(self.ram, key, self._limits.room_wait_seconds)
-            stats = self.stats[lower.tier]
-            started = self._clock()
-            stats.begin(started)
-            header = None
-            try:
-                header = await lower.load(key, room)
-                if header is not None and identity is not None:
-                    _require(header, identity)
-            except Damaged as damage:
-                stats.damaged[damage.reason] += 1
-                log.warning(
-                    "damaged_blob tier=%s reason=%s key=%s",
-                    lower.tier.name,
-                    damage.reason,
-                    key.hex(),
-                )
-                header = None
-                await lower.drop([key])
-            except NoRoom:
-                self.no_room += 1
-                return None
-            finally:
-                stats.end(self._clock(), started, header)
-                if header is None:
-                    room.give_back()
-            if header is not None:
-                return Found(self.ram.insert(room.take(), header), lower.tier)
-        return None
-
-    async def _promote(self, keys: Sequence[bytes]) -> None:
-        def let_go(_index: int, found: Found | None) -> None:
-            if found is not None:
-                self.ram.let_go(found.resident)
-
-        await self.acquire(keys, let_go, timeout_seconds=60, identity=None)
-
-
-class _Room:
-    """At most one reservation, as long as the load needs it to be."""
-
-    def __init__(self, ram: RamTier, key: bytes, wait_seconds: float) -> None:
-        self._ram = ram
-        self._key = key
-        self._wait_seconds = wait_seconds
-        self._reservation: Reservation | None = None
-
-    async def __call__(self, nbytes: int) -> memoryview:
-        self.give_back()
-        try:
-            async with asyncio.timeout(self._wait_seconds):
-                while (reservation := self._ram.reserve(self._key, nbytes)) is None:
-                    await self._ram.wait_for_room()
-        except TimeoutError:
-            raise NoRoom from None
-        self._reservation = reservation
-        return self._ram.arena.view(reservation.span)
-
-    def take(self) -> Reservation:
-        reservation, self._reservation = self._reservation, None
-        assert reservation is not None, "a tier loaded a blob and asked for no room"
-        return reservation
-
-    def give_back(self) -> None:
-        if self._reservation is not None:
-            self._ram.abandon(self.take())
-
-
-def _require(header: BlobHeader, identity: Identity) -> None:
-    if header.model_digest != identity.model_digest:
-        raise Damaged(DamageReason.MODEL)
-    if header.layout_digest != identity.layout_digest:
-        raise Damaged(DamageReason.LAYOUT)
+    async def _find(self, key: bytes, identity: Identity | None) -> Found | None:
+        """As `obtain`, for a key that is counted as a miss of RAM already."""
+        if (resident := self.ram.use(key)) is not None:
+            return Found(resident, Tier.RAM)
+        return await self.loads.wait_for(key, identity)
