@@ -14,6 +14,7 @@ import grpc.aio
 
 from protos import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from services import rpc
+from services.generation import KvUsage, kv_usage_from_wire
 
 CONNECT_TIMEOUT_SECONDS = 3.0
 # Longer than a supervisor waits for a busy actor.
@@ -41,6 +42,8 @@ class Question:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    session_id: str = ""  # the prompt is its next turn
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +59,19 @@ class End:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    kv: KvUsage | None = None
 
 
 class Client:
     def __init__(self, channel: grpc.aio.Channel, endpoint: str) -> None:
         self.endpoint = endpoint
+        self.channel = channel
         self._inference = inference_pb2_grpc.InferenceStub(channel)
         self._control = control_pb2_grpc.ControlStub(channel)
 
     async def ask(self, question: Question) -> AsyncIterator[Piece | End]:
         """Pieces, then one End. Leaving the iteration cancels the request."""
-        with _named_failures(self.endpoint):
+        with named_failures(self.endpoint):
             async for response in self._inference.GenerateStream(_to_wire(question)):
                 match response.WhichOneof("frame"):
                     case "delta":
@@ -79,24 +84,27 @@ class Client:
                             .lower(),
                             final.usage.prompt_tokens,
                             final.usage.completion_tokens,
+                            kv_usage_from_wire(final.usage.kv)
+                            if final.usage.HasField("kv")
+                            else None,
                         )
 
     async def topology(self) -> control_pb2.GetTopologyResponse:
-        with _named_failures(self.endpoint):
+        with named_failures(self.endpoint):
             answer: control_pb2.GetTopologyResponse = await self._control.GetTopology(
                 control_pb2.GetTopologyRequest(), timeout=CONTROL_TIMEOUT_SECONDS
             )
             return answer
 
     async def server_info(self) -> control_pb2.GetServerInfoResponse:
-        with _named_failures(self.endpoint):
+        with named_failures(self.endpoint):
             answer: control_pb2.GetServerInfoResponse = await self._control.GetServerInfo(
                 control_pb2.GetServerInfoRequest(), timeout=CONTROL_TIMEOUT_SECONDS
             )
             return answer
 
     async def model_info(self) -> control_pb2.GetModelInfoResponse:
-        with _named_failures(self.endpoint):
+        with named_failures(self.endpoint):
             answer: control_pb2.GetModelInfoResponse = await self._control.GetModelInfo(
                 control_pb2.GetModelInfoRequest(), timeout=CONTROL_TIMEOUT_SECONDS
             )
@@ -135,6 +143,8 @@ def _to_wire(question: Question) -> inference_pb2.GenerateRequest:
             temperature=question.temperature, top_p=question.top_p, seed=question.seed
         ),
         stopping=inference_pb2.StoppingParams(max_tokens=question.max_tokens),
+        session_id=question.session_id,
+        cache_salt=question.cache_salt,
     )
     if isinstance(question.prompt, str):
         request.text = question.prompt
@@ -144,7 +154,8 @@ def _to_wire(question: Question) -> inference_pb2.GenerateRequest:
 
 
 @contextmanager
-def _named_failures(endpoint: str) -> Iterator[None]:
+def named_failures(endpoint: str) -> Iterator[None]:
+    """What a call to a deployment failed by, as one of our errors."""
     try:
         yield
     except grpc.aio.AioRpcError as error:

@@ -3,11 +3,12 @@
 import json
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from cluster.client import End, Piece, Question, connected
 from cluster.config import Settings
 from cluster.local import ask_here
+from services.generation import KvUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,22 @@ class Answer:
     text: str
     token_ids: tuple[int, ...]
     end: End
+
+    def as_json(self) -> str:
+        end = self.end
+        usage = {
+            "prompt_tokens": end.prompt_tokens,
+            "completion_tokens": end.completion_tokens,
+            "kv": None if end.kv is None else asdict(end.kv),
+        }
+        return json.dumps(
+            {
+                "text": self.text,
+                "token_ids": self.token_ids,
+                "finish_reason": end.finish_reason,
+                "usage": usage,
+            }
+        )
 
 
 async def generate(
@@ -25,36 +42,38 @@ async def generate(
     No endpoint: in this process.
     """
     if endpoint is None:
-        answer = await _collect(ask_here(settings, question), echo=not as_json)
+        answer = await collect(ask_here(settings, question), echo=not as_json)
     else:
         async with connected(endpoint) as client:
-            answer = await _collect(client.ask(question), echo=not as_json)
+            answer = await collect(client.ask(question), echo=not as_json)
     end = answer.end
     if as_json:
-        usage = {
-            "prompt_tokens": end.prompt_tokens,
-            "completion_tokens": end.completion_tokens,
-        }
-        print(
-            json.dumps(
-                {
-                    "text": answer.text,
-                    "token_ids": answer.token_ids,
-                    "finish_reason": end.finish_reason,
-                    "usage": usage,
-                }
-            )
-        )
+        print(answer.as_json())
         return
     # Aside, so that stdout is the text and nothing else.
-    print(
-        f"finish_reason {end.finish_reason}, prompt {end.prompt_tokens} tokens, answer "
-        f"{end.completion_tokens} tokens",
-        file=sys.stderr,
+    print(end_line(end), file=sys.stderr)
+
+
+def end_line(end: End) -> str:
+    """How the answer ended, for people: what was restored of the prompt only if something was."""
+    restored = [] if end.kv is None else _restored(end.kv)
+    return (
+        f"finish_reason {end.finish_reason}, prompt {end.prompt_tokens} tokens"
+        + (f" ({', '.join(restored)})" if restored else "")
+        + f", answer {end.completion_tokens} tokens"
     )
 
 
-async def _collect(frames: AsyncIterator[Piece | End], *, echo: bool) -> Answer:
+def _restored(kv: KvUsage) -> list[str]:
+    return [
+        f"{num_tokens} from {name.removesuffix('_tokens')}"
+        for name, num_tokens in asdict(kv).items()
+        if num_tokens and name != "computed_tokens"
+    ]
+
+
+async def collect(frames: AsyncIterator[Piece | End], *, echo: bool) -> Answer:
+    """All of an answer; `echo` prints the text as it comes."""
     text: list[str] = []
     token_ids: list[int] = []
     end = None

@@ -12,12 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from cluster.config import AttentionSettings, GatewaySettings, ModelSettings, Settings
+from cluster.config import (
+    AttentionSettings,
+    GatewaySettings,
+    KvSettings,
+    ModelSettings,
+    Settings,
+)
 from cluster.preflight import model_directory
 from cluster.supervisor import DeploymentError, Listening, Peers, Snapshot
 from cluster.topology import ActorSpec, Role
 
 if TYPE_CHECKING:
+    from services.attention.engine import EngineConfig
     from services.gateway.topology import Topology
 
 SnapshotSource: TypeAlias = Callable[[], Awaitable[Snapshot]]
@@ -59,7 +66,7 @@ def load_role(
             room = settings.attention.kv_tokens
             return load_gateway(settings.model, settings.gateway, snapshot, kv_tokens=room)
         case Role.ATTENTION:
-            return load_attention(spec.name, settings.model, settings.attention, place)
+            return load_attention(spec.name, settings, place)
         case Role.ROUTER:
             return load_router(spec.name, place)
         case Role.EXPERT:
@@ -101,39 +108,32 @@ def load_gateway(
     return serve
 
 
-def load_attention(
-    name: str, model: ModelSettings, settings: AttentionSettings, place: Place
-) -> Serve:
+def load_attention(name: str, settings: Settings, place: Place) -> Serve:
+    from model1.checkpoint import checkpoint_digest
     from model1.kv_pool import PoolCapacity
-    from services.attention.engine import EngineConfig
     from services.attention.experts import RoutedExperts
     from services.attention.loading import load_trunk_and_pool
-    from services.attention.scheduler import SchedulerLimits
     from services.attention.server import AttentionWorker, AttentionWorkerConfig
 
+    limits = settings.attention
+    directory = model_directory(settings.model)
     trunk, pool = load_trunk_and_pool(
-        model_directory(model),
-        dtype=model.dtype,
-        device=model.device,
-        capacity=PoolCapacity(
-            settings.max_sequences, settings.kv_tokens, settings.max_batch_tokens
-        ),
-        kv_format=settings.kv_format,
+        directory,
+        dtype=settings.model.dtype,
+        device=settings.model.device,
+        capacity=PoolCapacity(limits.max_sequences, limits.kv_tokens, limits.max_batch_tokens),
+        kv_format=limits.kv_format,
     )
+    model_digest = checkpoint_digest(directory)
 
     async def serve(peers: Peers) -> Serving:
         experts = await RoutedExperts.open(peers.router_address)
         config = AttentionWorkerConfig(
             name=name,
             address=f"{place.bind_host}:0",
-            engine=EngineConfig(
-                limits=SchedulerLimits(
-                    max_batch_tokens=settings.max_batch_tokens,
-                    max_sequences=settings.max_sequences,
-                    max_waiting=settings.max_waiting_requests,
-                ),
-                crossing_timeout_s=settings.crossing_timeout_seconds,
-            ),
+            engine=_engine_config(limits, settings.kv),
+            kv_store_address=peers.store_address,
+            model_digest=model_digest,
         )
         worker = await AttentionWorker.open(trunk, pool, experts, config)
 
@@ -146,6 +146,28 @@ def load_attention(
         )
 
     return serve
+
+
+def _engine_config(limits: AttentionSettings, kv: KvSettings) -> "EngineConfig":
+    from services.attention.engine import EngineConfig
+    from services.attention.kv_cache import KvCacheConfig
+    from services.attention.scheduler import SchedulerLimits
+
+    return EngineConfig(
+        limits=SchedulerLimits(
+            max_batch_tokens=limits.max_batch_tokens,
+            max_sequences=limits.max_sequences,
+            max_waiting=limits.max_waiting_requests,
+        ),
+        crossing_timeout_s=limits.crossing_timeout_seconds,
+        kv=KvCacheConfig(
+            resume_every_blocks=kv.resume_every_blocks,
+            idle_seconds=kv.idle_seconds,
+            load_timeout_seconds=kv.load_timeout_seconds,
+            staging_bytes=kv.staging_bytes,
+            max_writeback_bytes=kv.max_writeback_bytes,
+        ),
+    )
 
 
 def load_router(name: str, place: Place) -> Serve:

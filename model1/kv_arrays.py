@@ -27,22 +27,37 @@ class UnitArray:
         self.spec = spec
         self.tensor = torch.zeros(*shape, dtype=spec.dtype, device=device)
         self._bytes = self.tensor.view(torch.uint8)
-        # A view, which copies at the speed of memory and costs no torch call.
-        self._host: Bytes | None = self._bytes.numpy() if device.type == "cpu" else None
+        # Views, which copy at the speed of memory and cost no torch call.
+        on_cpu = device.type == "cpu"
+        self._host: Bytes | None = self._bytes.numpy() if on_cpu else None
+        self._host_units: Bytes | None = self._bytes.flatten(1).numpy() if on_cpu else None
 
     def rows_of(self, layer: int) -> "Rows":
         return Rows(self.tensor, self.spec.layers.index(layer))
 
+    def read_unit(self, unit: int, out: Bytes) -> None:
+        """Copy one unit's bytes to `out [unit_nbytes]`."""
+        if self._host_units is not None:
+            out[:] = self._host_units[unit]
+        else:
+            self.read(unit, out)
+
+    def write_unit(self, unit: int, data: Bytes) -> None:
+        if self._host_units is not None:
+            self._host_units[unit] = data
+        else:
+            self.write(unit, data)
+
     def read(self, index: Index, out: Bytes) -> None:
         """Copy the bytes at a basic index of `[units, layers, rows, width in bytes]`."""
         part = self._bytes[index].cpu().numpy() if self._host is None else self._host[index]
-        np.copyto(out.reshape(part.shape), part)
+        out.reshape(part.shape)[...] = part
 
     def write(self, index: Index, data: Bytes) -> None:
         """The counterpart of `read`."""
         if self._host is not None:
             part = self._host[index]
-            np.copyto(part, data.reshape(part.shape))
+            part[...] = data.reshape(part.shape)
         else:
             target = self._bytes[index]
             # Of a copy: torch warns of memory that it may not write to.

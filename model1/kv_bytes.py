@@ -54,21 +54,22 @@ class KVBytes:
         self._layout = layout
         self._window = arrays["window"]
         self._states = (arrays["csa_state"], arrays["index_state"])
-        self._body = [
-            array
-            for array in arrays.values()
-            if array.spec.unit is Unit.BLOCK and array.spec.unit_nbytes
-        ]
-        self.body_nbytes = layout.nbytes(Unit.BLOCK)
+        self._body: list[tuple[UnitArray, slice]] = []
+        self.body_nbytes = 0
+        for array in arrays.values():
+            if array.spec.unit is Unit.BLOCK:
+                end = self.body_nbytes + array.spec.unit_nbytes
+                self._body.append((array, slice(self.body_nbytes, end)))
+                self.body_nbytes = end
         self.tail_nbytes = layout.tail_nbytes
 
     def read_body(self, block: int, out: Bytes) -> None:
-        for array, part in self._body_parts(out):
-            array.read(block, part)
+        for array, part in self._body:
+            array.read_unit(block, out[part])
 
     def write_body(self, block: int, data: Bytes) -> None:
-        for array, part in self._body_parts(data):
-            array.write(block, part)
+        for array, part in self._body:
+            array.write_unit(block, data[part])
 
     def read_tail(self, tail: TailPlace, out: Bytes) -> None:
         for array, index, part in self._tail_parts(tail, out):
@@ -79,13 +80,6 @@ class KVBytes:
     def write_tail(self, tail: TailPlace, data: Bytes) -> None:
         for array, index, part in self._tail_parts(tail, data):
             array.write(index, part)
-
-    def _body_parts(self, buffer: Bytes) -> Iterator[tuple[UnitArray, Bytes]]:
-        start = 0
-        for array in self._body:
-            end = start + array.spec.unit_nbytes
-            yield array, buffer[start:end]
-            start = end
 
     def _tail_parts(self, tail: TailPlace, buffer: Bytes) -> Iterator[_Part]:
         layout, rows = self._layout, self._window_rows(buffer)

@@ -36,6 +36,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]
         (("generate", "--token-ids", "1,two"), "'1,two'"),
         (("generate", "--token-ids", "1,-2"), "-2"),
         (("generate", "x", "--endpoint", "nowhere"), "'nowhere'"),
+        (("generate", "x", "--local", "--session", "tea"), "--session"),
         (("bench", "serve", "--pairs", "0"), "0"),
         (("frobnicate",), "'frobnicate'"),
         ((), "VERB"),

@@ -16,6 +16,7 @@ from cluster.roles import Place, Serve, Serving, load_role
 from cluster.supervisor import Listening, Peers, Process, Snapshot, Supervisor
 from cluster.topology import ActorSpec, Role, plan_topology
 from model1.kv_layout import KVFormat
+from services.generation import KvUsage
 from services.rpc import AddressUnavailable
 from tests.services import tiny_model
 
@@ -92,7 +93,8 @@ async def test_the_roles_together_answer_like_the_model(
         members = (await supervisor.snapshot()).members
     token_ids = [token for f in frames[:-1] if isinstance(f, Piece) for token in f.token_ids]
     assert token_ids == expected
-    assert frames[-1] == End("length", len(PROMPT), len(expected))
+    usage = KvUsage(computed_tokens=len(PROMPT))
+    assert frames[-1] == End("length", len(PROMPT), len(expected), usage)
     counts = {role: sum(m.num_requests for m in members if m.spec.role is role) for role in Role}
     assert counts[Role.GATEWAY] == counts[Role.ATTENTION] == 1
     num_steps = len(expected)  # the first one computes the prompt

@@ -1,14 +1,20 @@
-"""The pool under any order of claims, steps and releases: nothing leaks, nothing is shared."""
+"""The pool under any order of claims, steps, resumes and releases.
 
+Nothing leaks, and what is shared or can be found is what was written.
+"""
+
+from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from model1.config import AttentionKind
-from model1.errors import PoolExhausted
+from model1.errors import ConfigError, PoolExhausted
 from model1.kv_pool import KVHandle, KVPool, PoolCapacity
 from tests.services import tiny_model
 
@@ -19,6 +25,8 @@ class Sequence:
 
     handle: KVHandle
     max_tokens: int
+    blocks: list[int]
+    num_shared: int
     num_tokens: int = 0
     page_of: dict[int, int] = field(default_factory=dict)  # number -> page, while it is visible
 
@@ -28,13 +36,17 @@ class Sequence:
 
 
 class PoolUnderLoad(RuleBasedStateMachine):
-    """Steps never exceed what the pool was built for; then it must never run out of pages."""
+    """Steps never exceed what the pool was built for; then it must never run out of pages.
+
+    Every private block is stamped when it is claimed: a stamp that changes while the block is
+    held, pinned or to be found by its name would be another sequence's KV.
+    """
 
     @initialize(
         window=st.sampled_from((2, 4, 6, 8, 16)),
-        block=st.sampled_from((4, 8, 128)),
+        block=st.sampled_from((4, 8, 12)),
         max_sequences=st.integers(1, 4),
-        max_tokens=st.integers(1, 200),
+        max_tokens=st.integers(1, 120),
         max_step_tokens=st.integers(1, 40),
     )
     def build(
@@ -42,27 +54,64 @@ class PoolUnderLoad(RuleBasedStateMachine):
     ) -> None:
         config = replace(tiny_model.CONFIG, sliding_window=window, hca_ratio=block)
         self.window, self.block, self.max_step_tokens = window, block, max_step_tokens
-        self.pool = KVPool(config, PoolCapacity(max_sequences, max_tokens, max_step_tokens))
-        self.free_slots, self.free_blocks = max_sequences, -(-max_tokens // block)
+        self.now = 0.0
+        self.pool = KVPool(
+            config,
+            PoolCapacity(max_sequences, max_tokens, max_step_tokens),
+            clock=lambda: self.now,
+        )
+        self.free_slots, self.num_blocks = max_sequences, -(-max_tokens // block)
         self.running: list[Sequence] = []
+        self.pins = Counter[int]()
+        self.stamps: dict[int, bytes] = {}
+        self.num_stamps = 0
+        self.named: dict[bytes, int] = {}
+        self.num_named = 0
+        self.idle_since: dict[int, float] = {}  # named blocks that nobody holds
 
-    @rule(num_tokens=st.integers(1, 120))
-    def allocate(self, num_tokens: int) -> None:
-        num_blocks = -(-num_tokens // self.block)
-        fits = self.free_slots > 0 and num_blocks <= self.free_blocks
-        assert self.pool.can_allocate(num_tokens) == fits
+    @property
+    def held(self) -> Counter[int]:
+        return Counter(b for s in self.running for b in s.blocks) + self.pins
+
+    @rule(data=st.data())
+    def allocate(self, data: st.DataObject) -> None:
+        """With named blocks in any order; often of just the size that fits or does not."""
+        keys = data.draw(st.permutations([*self.named])) if self.named else []
+        keys = keys[: data.draw(st.integers(0, 4))]
+        shared = self.pool.lookup(keys)
+        assert shared == [self.named[key] for key in keys]
+        available = self.num_blocks - len({*self.held, *shared})
+        sizes = st.one_of(st.integers(0, 6), st.integers(available, available + 1))
+        num_blocks = max(1, len(shared) + data.draw(sizes))
+        num_tokens = num_blocks * self.block - data.draw(st.integers(0, self.block - 1))
+        needed = num_blocks - len(shared)
+        fits = self.free_slots > 0 and needed <= available
+        assert self.pool.can_allocate(num_tokens, shared) == fits
         if not fits:
             with pytest.raises(PoolExhausted) as caught:
-                self.pool.allocate(num_tokens)
-            for number in (num_tokens, num_blocks, self.free_blocks, self.free_slots):
+                self.pool.allocate(num_tokens, shared)
+            for number in (num_tokens, needed, available, self.free_slots):
                 assert str(number) in str(caught.value)
             return
-        handle = self.pool.allocate(num_tokens)
-        assert len(handle.blocks) == num_blocks
-        assert 0 not in handle.blocks
+        handle = self.pool.allocate(num_tokens, shared)
+        blocks = handle.blocks.tolist()
+        assert len(set(blocks)) == num_blocks and 0 not in blocks
+        assert blocks[: len(shared)] == shared
+        claimed = blocks[len(shared) :]
+        assert not self.held.keys() & set(claimed), "a held block was given to another"
+        num_free = self.num_blocks - len(self.held) - len(self.idle_since)
+        longest_idle = [block for block in self.idle_since if block not in shared]
+        evicted = [block for block in longest_idle if block in claimed]
+        assert evicted == longest_idle[: max(0, needed - num_free)]
+        self._evicted(evicted)
+        for block in shared:
+            self.idle_since.pop(block, None)
+        for block in claimed:
+            self.num_stamps += 1
+            self.stamps[block] = self.num_stamps.to_bytes(4, "little")
+            self.pool.write_body(block, self._body(block))
         self.free_slots -= 1
-        self.free_blocks -= num_blocks
-        self.running.append(Sequence(handle, num_tokens))
+        self.running.append(Sequence(handle, num_tokens, blocks, len(shared)))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -80,6 +129,85 @@ class PoolUnderLoad(RuleBasedStateMachine):
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.running))
+        first = max(sequence.num_shared, sequence.num_tokens // self.block + 1)
+        last = sequence.max_tokens // self.block
+        if first > last:
+            return
+        position = self.block * data.draw(st.integers(first, last))
+        tail = data.draw(st.integers(0, 255)).to_bytes(1, "little") * self.pool.tail_nbytes
+        self.pool.write_tail(sequence.handle, position, tail)
+        sequence.num_tokens = position
+        page_tokens = self.window // 2
+        pages = range(
+            max(0, position + 1 - self.window) // page_tokens, -(-position // page_tokens)
+        )
+        assert sequence.handle.first_page == pages.start
+        sequence.page_of = dict(zip(pages, sequence.handle.pages, strict=True))
+        again = bytearray(self.pool.tail_nbytes)
+        self.pool.read_tail(sequence.handle, again)
+        if position >= self.window - 1:
+            assert bytes(again) == tail
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), reuse=st.booleans())
+    def name(self, data: st.DataObject, reuse: bool) -> None:
+        """All complete blocks, by new keys or by one that may have a block already."""
+        sequence = data.draw(st.sampled_from(self.running))
+        complete = sequence.num_tokens // self.block
+        unnamed = [
+            index
+            for index, block in enumerate(sequence.blocks[:complete])
+            if block not in self.named.values()
+        ]
+        if not unnamed:
+            return
+        for index in unnamed:
+            self.num_named += 1
+            key = self.num_named.to_bytes(2, "little")
+            if reuse and self.named:
+                key = data.draw(st.sampled_from([*self.named]))
+            self.pool.name(sequence.handle, index, key)
+            self.named.setdefault(key, sequence.blocks[index])
+            self.pool.name(sequence.handle, index, key)  # saying it again changes nothing
+
+    @precondition(lambda self: self.named or self.running)
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from([*self.held, *self.named.values()]))
+        self.pool.pin(block)
+        self.pins[block] += 1
+        self.idle_since.pop(block, None)
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from([*self.pins]))
+        self.pool.unpin(block)
+        self.pins -= Counter([block])
+        self._left([block])
+
+    @rule(seconds=st.integers(1, 10))
+    def time_passes(self, seconds: int) -> None:
+        self.now += seconds
+
+    @precondition(lambda self: self.named)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        keys = data.draw(st.lists(st.sampled_from([*self.named, b"unknown"]), unique=True))
+        gone = [key for key in keys if self.named.get(key) in self.idle_since]
+        assert self.pool.forget(keys) == len(gone)
+        self._evicted([self.named[key] for key in gone])
+
+    @rule(seconds=st.integers(0, 10))
+    def forget_idle(self, seconds: int) -> None:
+        gone = [b for b, since in self.idle_since.items() if self.now - since > seconds]
+        assert self.pool.forget_idle(seconds) == len(gone)
+        self._evicted(gone)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         self._free(data.draw(st.sampled_from(self.running)))
 
@@ -90,9 +218,22 @@ class PoolUnderLoad(RuleBasedStateMachine):
         self.pool.check()
         usage = self.pool.usage()
         assert usage.sequences == len(self.running) == usage.max_sequences - self.free_slots
-        assert usage.blocks == usage.max_blocks - self.free_blocks
+        assert usage.blocks == len(self.held) and usage.max_blocks == self.num_blocks
+        assert usage.cached_blocks == len(self.idle_since)
+        assert usage.pinned_blocks == len(self.pins)
         assert usage.pages == sum(len(s.handle.pages) for s in self.running) <= usage.max_pages
         assert all(0 not in s.handle.pages for s in self.running)
+
+    @invariant()
+    def what_is_held_or_can_be_found_is_as_it_was_written(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        for key, block in self.named.items():
+            assert self.pool.lookup([key, b"unknown", key]) == [block]
+        for block in {*self.held, *self.named.values()}:
+            body = bytearray(self.pool.body_nbytes)
+            self.pool.read_body(block, body)
+            assert body == self._body(block)
 
     @invariant()
     def what_a_next_query_sees_stays_where_it_was_written(self) -> None:
@@ -109,11 +250,16 @@ class PoolUnderLoad(RuleBasedStateMachine):
         for sequence in list(getattr(self, "running", ())):
             self._free(sequence)
             self.pool.check()
+        if hasattr(self, "pool"):
+            for block in [*self.pins.elements()]:
+                self.pool.unpin(block)
+                self.pool.check()
 
     def _grow(self, data: st.DataObject) -> dict[Sequence, int]:
         """Pages for a step of any legal mix; returns where each of its sequences ends."""
         room, ends = self.max_step_tokens, dict[Sequence, int]()
-        for sequence in data.draw(st.permutations(self.running)):
+        ready = [s for s in self.running if s.num_tokens >= s.num_shared * self.block]
+        for sequence in data.draw(st.permutations(ready)):
             most = min(room, sequence.max_tokens - sequence.num_tokens)
             num_new = data.draw(st.one_of(st.just(min(1, most)), st.integers(0, most)))
             if num_new == 0:
@@ -130,13 +276,28 @@ class PoolUnderLoad(RuleBasedStateMachine):
     def _free(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.free_slots += 1
-        self.free_blocks += len(sequence.handle.blocks)
         self.pool.free(sequence.handle)
+        self._left(sequence.blocks)
         assert not sequence.handle.pages and not len(sequence.handle.blocks)
+
+    def _left(self, blocks: list[int]) -> None:
+        """Somebody let go of these: of the named ones that nobody holds, a cache remains."""
+        for block in reversed(blocks):  # the last blocks of a prefix are the first to go
+            if block not in self.held and block in self.named.values():
+                self.idle_since[block] = self.now
+
+    def _evicted(self, blocks: list[int]) -> None:
+        for block in blocks:
+            del self.idle_since[block]
+        self.named = {key: b for key, b in self.named.items() if b not in blocks}
+
+    def _body(self, block: int) -> bytes:
+        size = self.pool.body_nbytes
+        return (self.stamps[block] * (-(-size // 4)))[:size]
 
 
 TestPoolUnderLoad = PoolUnderLoad.TestCase
-TestPoolUnderLoad.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestPoolUnderLoad.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
 
 
 @pytest.mark.parametrize("window", (2, 4, 8, 16))
@@ -216,3 +377,17 @@ def test_arrays_are_those_of_each_layers_kind_and_their_bytes_are_told() -> None
         assert {name: tuple(t.shape) for name, t in rows.items()} == shapes[kind]
         num_bytes += sum(4 * t.numel() for t in rows.values())
     assert usage.num_bytes == num_bytes
+
+
+def test_a_byte_budget_becomes_as_many_blocks_as_fit() -> None:
+    config = tiny_model.CONFIG
+    within = partial(PoolCapacity.within, max_sequences=3, max_step_tokens=40)
+    for dtype in (torch.float32, torch.bfloat16):
+        least = KVPool(config, PoolCapacity(3, 128, 40), dtype).usage().num_bytes
+        for more in (0, 1, 5_000, 1_000_000):
+            capacity = within(least + more, config, dtype)
+            pool = KVPool(config, capacity, dtype)
+            assert capacity.max_tokens % 128 == 0
+            assert least + more - pool.body_nbytes < pool.usage().num_bytes <= least + more
+        with pytest.raises(ConfigError, match=f"at least {least} bytes, not {least - 1}"):
+            within(least - 1, config, dtype)

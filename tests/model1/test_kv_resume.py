@@ -4,7 +4,9 @@ What it does not get back is poison: NaN where nothing may be read at all, huge 
 are read and masked, as those of a window page that no query may see.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle, pairwise
@@ -234,6 +236,57 @@ def test_shared_and_named_blocks_cannot_be_written() -> None:
         model.step(pool, [Chunk(other, 0, whole.ids[:5], 0)])
     with pytest.raises(AssertionError, match="not complete"):
         pool.name(handle, 1, b"b")
+
+
+def test_blocks_come_and_go_while_another_sequence_is_in_a_step() -> None:
+    """What a worker's copying thread does, all at once and over again."""
+    model, whole = model_of(8, torch.bfloat16), recorded(8, torch.bfloat16)
+    pool, done = pool_of(model, poisoned=True), threading.Event()
+
+    def copy_in_and_out() -> int:
+        rounds = 0
+        while not done.is_set() or not rounds:
+            handle = pool.allocate(TOKENS)
+            restore(pool, handle, whole, 0, NUM_BLOCKS * BLOCK)
+            for index, body in enumerate(whole.bodies):
+                pool.name(handle, index, bytes([index]))
+                block = int(handle.blocks[index])
+                pool.pin(block)
+                assert body_of(pool, block) == body
+                pool.unpin(block)
+            assert tail_of(pool, handle) == whole.tails[NUM_BLOCKS * BLOCK]
+            pool.free(handle)
+            assert pool.forget([bytes([index]) for index in range(NUM_BLOCKS)]) == NUM_BLOCKS
+            rounds += 1
+        return rounds
+
+    with ThreadPoolExecutor(1) as thread:
+        copied = thread.submit(copy_in_and_out)
+        handle = pool.allocate(TOKENS)
+        logits = run(model, pool, handle, whole.ids, [1, 60], TOKENS)
+        done.set()
+        assert copied.result(timeout=60) > 0
+    assert_same_bits(logits, whole.logits)
+    pool.free(handle)
+    pool.check()
+    assert pool.usage().blocks == pool.usage().cached_blocks == pool.usage().pages == 0
+
+
+@pytest.mark.parametrize("kind", (SWA, CSA, HCA))
+def test_a_model_may_have_layers_of_one_kind_only(kind: AttentionKind) -> None:
+    config = replace(CONFIG, attention_kinds=(kind,) * 6)
+    pool = KVPool(config, PoolCapacity(1, 256, 64))
+    handle = pool.allocate(256)
+    tail = bytes(i % 251 for i in range(pool.tail_nbytes))
+    body = bytes(i % 241 for i in range(pool.body_nbytes))
+    pool.write_body(int(handle.blocks[0]), body)
+    pool.write_tail(handle, BLOCK, tail)
+    assert body_of(pool, int(handle.blocks[0])) == body
+    assert tail_of(pool, handle) == tail
+    # 7 window rows of each layer; CSA: 32 entries and keys, 4 rows of c and z of two compressors.
+    window, row = 7 * 6 * 64, 6 * 64
+    sizes = {SWA: (0, 0), CSA: (64 * row, 16 * row), HCA: (row, 0)}
+    assert (len(body), len(tail)) == (sizes[kind][0], window + sizes[kind][1])
 
 
 def test_a_tail_is_of_a_boundary() -> None:

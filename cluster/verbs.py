@@ -1,0 +1,141 @@
+"""The verbs that run a deployment, ask it one thing, or train and measure a model.
+
+A verb's work is another module's, imported when it is asked for.
+"""
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+from cluster.config import SettingsError
+from cluster.flags import (
+    Arguments,
+    Verb,
+    add_client_flags,
+    add_deployment_flags,
+    add_flag,
+    add_format_flag,
+    add_salt_flag,
+    add_sampling_flags,
+    endpoint_of,
+    positive,
+    settings_of,
+    token_ids,
+    wants_json,
+)
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    add_deployment_flags(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="what to ask instead of the usual")
+
+
+def _demo(parsed: Arguments) -> None:
+    from cluster.demo import PROMPT, demo
+
+    # Any free port, unless one is asked for: whatever else runs here is not disturbed.
+    demo(settings_of(parsed, defaults={"gateway.port": 0}), parsed.prompt or PROMPT)
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    add_deployment_flags(parser)
+
+
+def _serve(parsed: Arguments) -> None:
+    from cluster.serve import serve
+
+    serve(settings_of(parsed))
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [FLAG ...] TEXT"  # all of them would be five lines of the screen
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("text", nargs="?", metavar="TEXT", help="the prompt; - reads stdin")
+    prompt.add_argument(
+        "--token-ids", type=token_ids, metavar="1,2,3", help="the prompt as token ids, used as is"
+    )
+    add_sampling_flags(parser)
+    parser.add_argument("--session", default="", metavar="NAME", help="the prompt is its next turn")
+    add_salt_flag(parser)
+    parser.add_argument("--local", action="store_true", help="in this process, without a server")
+    add_flag(parser, "--model", "model.path", "DIR", "checkpoint of --local")
+    add_flag(parser, "--dtype", "model.dtype", "NAME", "of --local: float32 or bfloat16")
+    add_client_flags(parser)
+
+
+def _generate(parsed: Arguments) -> None:
+    if parsed.local and (parsed.session or parsed.cache_salt):
+        raise SettingsError(
+            "--local keeps nothing: neither --session nor --cache-salt goes with it"
+        )
+    from cluster.client import Question
+    from cluster.generate import generate
+
+    prompt = parsed.token_ids or (sys.stdin.read() if parsed.text == "-" else parsed.text)
+    question = Question(
+        prompt=prompt,
+        max_tokens=parsed.max_tokens,
+        temperature=parsed.temperature,
+        top_p=parsed.top_p,
+        seed=parsed.seed,
+        session_id=parsed.session,
+        cache_salt=parsed.cache_salt,
+    )
+    settings = settings_of(parsed)
+    endpoint = None if parsed.local else parsed.endpoint or settings.gateway.endpoint
+    asyncio.run(generate(settings, question, endpoint=endpoint, as_json=wants_json(parsed)))
+
+
+def _status(parsed: Arguments) -> None:
+    from cluster.status import status
+
+    asyncio.run(status(endpoint_of(parsed), as_json=wants_json(parsed)))
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="nano", metavar="NAME")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--steps", type=positive, metavar="N", help="instead of the preset's")
+    parser.add_argument("--resume", action="store_true", help="go on from what DIR holds")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+
+
+def _train(parsed: Arguments) -> None:
+    from model1.train.loop import train
+
+    train(parsed.preset, parsed.out, parsed.device, steps=parsed.steps, resume=parsed.resume)
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_subparsers(dest="what", required=True, metavar="serve|model")
+    words = "a deployment against one process, batch 32"
+    serve = what.add_parser("serve", help=words, description=words)
+    serve.add_argument("--pairs", type=positive, default=5, metavar="N", help="runs of each side")
+    words = "the forward pass against transformers'"
+    model = what.add_parser("model", help=words, description=words)
+    model.add_argument("--steps", type=positive, default=20, metavar="N", help="timed, of each")
+    model.add_argument("--quick", action="store_true", help="leave out the long context")
+    for each in (serve, model):
+        add_format_flag(each)
+
+
+def _bench(parsed: Arguments) -> None:
+    if parsed.what == "serve":
+        from cluster.bench_serve import bench_serve
+
+        bench_serve(num_pairs=parsed.pairs, as_json=wants_json(parsed))
+    else:
+        import model1.bench
+
+        model1.bench.run(parsed.steps, wants_json(parsed), long_context=not parsed.quick)
+
+
+VERBS = {
+    "demo": Verb("run a whole deployment here, ask it one thing, stop", _demo_arguments, _demo),
+    "serve": Verb("run a deployment until SIGTERM", _serve_arguments, _serve),
+    "generate": Verb("answer one prompt", _generate_arguments, _generate),
+    "status": Verb("show what a deployment consists of", add_client_flags, _status),
+    "bench": Verb("measure on random weights of the mini model", _bench_arguments, _bench),
+    "train": Verb("train a small model from scratch", _train_arguments, _train),
+}
