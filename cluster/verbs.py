@@ -108,7 +108,7 @@ def _train(parsed: Arguments) -> None:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_subparsers(dest="what", required=True, metavar="serve|model")
+    what = parser.add_subparsers(dest="what", required=True, metavar="serve|model|fp8")
     words = "a deployment against one process, batch 32"
     serve = what.add_parser("serve", help=words, description=words)
     serve.add_argument("--pairs", type=positive, default=5, metavar="N", help="runs of each side")
@@ -116,7 +116,11 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     model = what.add_parser("model", help=words, description=words)
     model.add_argument("--steps", type=positive, default=20, metavar="N", help="timed, of each")
     model.add_argument("--quick", action="store_true", help="leave out the long context")
-    for each in (serve, model):
+    words = "KV in FP8 against KV in bfloat16: bytes, speed, logits, recall"
+    fp8 = what.add_parser("fp8", help=words, description=words)
+    fp8.add_argument("--steps", type=positive, default=30, metavar="N", help="timed, of each")
+    fp8.add_argument("--probes", type=positive, default=100, metavar="N", help="lists to recall")
+    for each in (serve, model, fp8):
         add_format_flag(each)
 
 
@@ -125,6 +129,10 @@ def _bench(parsed: Arguments) -> None:
         from cluster.bench_serve import bench_serve
 
         bench_serve(num_pairs=parsed.pairs, as_json=wants_json(parsed))
+    elif parsed.what == "fp8":
+        import model1.bench_fp8
+
+        model1.bench_fp8.run(parsed.steps, parsed.probes, wants_json(parsed))
     else:
         import model1.bench
 

@@ -61,7 +61,7 @@ def test_a_wrong_environment_variable_is_a_usage_error(
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "demo", "serve", "generate", "status", "bench serve", "bench model", "train"],
+    ["", "demo", "serve", "generate", "status", "bench serve", "bench model", "bench fp8", "train"],
 )
 def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     with pytest.raises(SystemExit, match="0"):
