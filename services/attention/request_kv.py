@@ -12,13 +12,13 @@ of the gap, and goes on from a later tail::
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Coroutine
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from model1.kv_pool import KVHandle, KVPool
-from services.attention.cost_model import Source, free_plan
+from services.attention.cost_model import Places, Source, free_plan
 from services.attention.restore import PromptKeys, Restore, RestoreParts
 from services.attention.restore_plan import RestorePlan
 from services.attention.stats import KvCounters
@@ -63,6 +63,13 @@ class _LastTail(NamedTuple):
     is_saved: bool
 
 
+class _Hoped(NamedTuple):
+    """When the blocks were taken: what the tiers offered, and how much of it was to be loaded."""
+
+    hits: Counter[Source]
+    num_planned: int
+
+
 class RequestKv:
     """A `KVClaim`. Lives on the engine's loop."""
 
@@ -89,7 +96,7 @@ class RequestKv:
         self._num_named = 0  # blocks
         self._unsaved: list[int] = []  # blocks that found no room in the write-back
         self._last_tail: _LastTail | None = None
-        self._num_hoped = 0  # blocks that the first plan loads
+        self._hoped = _Hoped(Counter(), 0)
         self._has_ended = False
         self._work: asyncio.Task[None] | None = None
         self._find_out()
@@ -114,7 +121,7 @@ class RequestKv:
         restore.share(len(shared))
         self._num_named = len(shared)
         plan = restore.plan()
-        self._count_hits(plan)
+        self._hoped = _Hoped(_hits(restore.places()), plan.num_loaded)
         restore.hold_tails(plan)
         if restore.is_in_place(plan):
             self._begin(plan)
@@ -209,7 +216,7 @@ class RequestKv:
 
     def _begin(self, plan: RestorePlan) -> None:
         """Everything that the plan loads is in place: go."""
-        self._count_restored(plan)
+        self._count(plan)
         for load in plan.loads:
             self._jumps.append(_Jump(load.start, load.end, self._restore.take_tail(load.end)))
         self._restore.release()
@@ -299,35 +306,28 @@ class RequestKv:
         self._work = None
         self._parts.on_change()
 
-    # Counting, in tokens.
+    # Counting, in blocks here and in tokens in the counters.
 
-    def _count_hits(self, plan: RestorePlan) -> None:
-        counters, restore = self._parts.counters, self._restore
-        counters.asked_tokens += len(self._request.token_ids)
-        places = restore.places()
-        best = free_plan(places)
-        for load in best.loads:
-            for source in places.bodies[load.start : load.end]:
-                assert source is not None
-                counters.hit_tokens[source] += self._block_tokens
-        counters.skipped_tokens += (best.num_loaded - plan.num_loaded) * self._block_tokens
-        self._num_hoped = plan.num_loaded
-
-    def _count_restored(self, plan: RestorePlan) -> None:
-        counters = self._parts.counters
-        lost = max(0, self._num_hoped - plan.num_loaded) * self._block_tokens
-        if self._restore.was_late:
-            counters.late_tokens += lost
-        else:
-            counters.failed_tokens += lost
-        tokens = dict.fromkeys(Source, 0)
+    def _count(self, plan: RestorePlan) -> None:
+        """The sequence begins: what was offered, what came of it, what is left to compute."""
+        counters, hoped, was_late = self._parts.counters, self._hoped, self._restore.was_late
+        restored = Counter[Source]()
         for load in plan.loads:
-            for source in self._restore.origins[load.start : load.end]:
-                assert source is not None
-                tokens[source] += self._block_tokens
-        counters.restored_tokens.update(tokens)
-        computed = len(self._request.token_ids) - sum(tokens.values())
+            restored.update(_known(self._restore.origins[load.start : load.end]))
+        num_prompt = len(self._request.token_ids)
+        tokens = {source: restored[source] * self._block_tokens for source in Source}
+        computed = num_prompt - sum(tokens.values())
+        skipped = hoped.hits.total() - hoped.num_planned
+        lost = max(0, hoped.num_planned - plan.num_loaded)
+        counters.asked_tokens += num_prompt
         counters.computed_tokens += computed
+        counters.restored_tokens.update(tokens)
+        for source in Source:  # another request may have brought something nearer since
+            most = max(hoped.hits[source], restored[source])
+            counters.hit_tokens[source] += most * self._block_tokens
+        counters.skipped_tokens += skipped * self._block_tokens
+        counters.late_tokens += lost * self._block_tokens if was_late else 0
+        counters.failed_tokens += lost * self._block_tokens if not was_late else 0
         self.usage = KvUsage(
             device_tokens=tokens[Source.DEVICE],
             ram_tokens=tokens[Source.RAM],
@@ -336,3 +336,15 @@ class RequestKv:
             cold_tokens=tokens[Source.COLD],
             computed_tokens=computed,
         )
+
+
+def _known(sources: Iterable[Source | None]) -> list[Source]:
+    return [source for source in sources if source is not None]
+
+
+def _hits(places: Places) -> Counter[Source]:
+    """Blocks of each source that would be of use if loading took no time."""
+    hits = Counter[Source]()
+    for load in free_plan(places).loads:
+        hits.update(_known(places.bodies[load.start : load.end]))
+    return hits

@@ -72,7 +72,7 @@ class Counters:
 class KvCounters:
     """KV reuse in tokens of prompts, and what was written back, since the engine was built."""
 
-    asked_tokens: int = 0  # of requests that left the queue
+    asked_tokens: int = 0  # of requests that began to compute
     hit_tokens: Counter[Source] = field(default_factory=Counter)  # of those, what a tier offered
     restored_tokens: Counter[Source] = field(default_factory=Counter)  # and what it delivered
     computed_tokens: int = 0

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from services.kvstore.acquisition import Block
-from services.kvstore.blob import BlobHeader, BlobKind, Damaged, open_blob, read_header, seal_into
+from services.kvstore.blob import BlobHeader, BlobKind, Damaged, open_blob, seal_into
 from services.kvstore.client import Saved, SaveItem
 from services.kvstore.tier import Tier, TierCost
 
@@ -29,6 +29,7 @@ class MemoryStore:
         self.gate.set()
         self.error: Exception | None = None
         self.leases = 0
+        self._kinds: dict[bytes, BlobKind] = {}
         self._layout_digest = layout_digest
 
     async def locate(self, keys: Sequence[bytes]) -> list[Tier | None]:
@@ -62,6 +63,7 @@ class MemoryStore:
             if item.key not in self.blobs:
                 blob = await asyncio.to_thread(self._sealed, item)
                 self.blobs[item.key] = blob
+                self._kinds[item.key] = item.kind
         return Saved(stored=len(items) - present, present=present, dropped=0)
 
     def costs(self) -> Mapping[Tier, TierCost]:
@@ -69,25 +71,22 @@ class MemoryStore:
 
     def damage(self, key: bytes, draw: random.Random) -> None:
         """Flip a bit, cut the end, or put another blob there."""
-        blob = self.blobs[key]
-        kind = draw.randrange(3)
-        if kind == 0:
+        blob = bytearray(self.blobs[key])
+        how = draw.choice(("flip", "cut", "swap"))
+        if how == "flip" and blob:
             blob[draw.randrange(len(blob))] ^= 1 << draw.randrange(8)
-        elif kind == 1:
-            del blob[draw.randrange(len(blob)) :]
+        elif how == "swap" and (others := [other for other in self.blobs if other != key]):
+            blob = bytearray(self.blobs[draw.choice(others)])
         else:
-            self.blobs[key] = bytearray(draw.choice(list(self.blobs.values())))
-            if read_header(memoryview(self.blobs[key])).key == key:
-                self.blobs[key][-1] ^= 1
+            del blob[len(blob) * draw.randrange(100) // 100 :]
+        self.blobs[key] = blob
 
     def bodies(self) -> list[bytes]:
-        return self._of_kind(BlobKind.BODY)
+        """Keys, in the order in which they were saved."""
+        return [key for key in self.blobs if self._kinds[key] is BlobKind.BODY]
 
     def tails(self) -> list[bytes]:
-        return self._of_kind(BlobKind.TAIL)
-
-    def _of_kind(self, kind: BlobKind) -> list[bytes]:
-        return [k for k, blob in self.blobs.items() if read_header(memoryview(blob)).kind is kind]
+        return [key for key in self.blobs if self._kinds[key] is BlobKind.TAIL]
 
     async def _blocks(
         self, keys: Sequence[bytes], deadline_s: float, consume: Callable[[int, memoryview], None]

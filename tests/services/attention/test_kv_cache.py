@@ -4,114 +4,20 @@ The block store is one in memory with real, verified blobs.
 """
 
 import asyncio
-import contextlib
 import random
-from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 
-from model1.kv_pool import KVPool
-from services.attention.engine import Engine, EngineConfig
+from services.attention.cost_model import Source
 from services.attention.kv_cache import KvCacheConfig
-from services.attention.local import LocalExperts
-from services.attention.scheduler import SchedulerLimits
-from services.generation import GenerationRequest, KvUsage
+from services.generation import KvUsage
+from services.kvstore.tier import Tier, TierCost
 from tests.services import tiny_model
-from tests.services.attention.memory_store import MODEL_DIGEST, MemoryStore
-from tests.services.attention.resident import CONTEXT, RecordingTrunk, answer
+from tests.services.attention.kv_worker import BLOCK, Worker, prompt_of
+from tests.services.attention.memory_store import MemoryStore
+from tests.services.attention.resident import answer
 
-LIMITS = SchedulerLimits(max_batch_tokens=256, max_sequences=32, max_waiting=64)
-BLOCK = 128
 WHOLE_PROMPT = 2000  # of 15 whole blocks that can be restored
-
-
-class Worker:
-    """An engine, its pool, its store, and the bits that it computed."""
-
-    def __init__(
-        self,
-        *,
-        max_tokens: int = 64 * BLOCK,
-        max_sequences: int = 32,
-        has_store: bool = True,
-        kv: KvCacheConfig | None = None,
-        store: MemoryStore | None = None,
-    ) -> None:
-        model = tiny_model.model(CONTEXT)
-        self.pool: KVPool = tiny_model.pool(max_sequences, max_tokens, 256, CONTEXT)
-        self.store = store or MemoryStore(self.pool.layout_digest)
-        self.trunk = RecordingTrunk(model.trunk)
-        trunk: Any = self.trunk
-        self.engine = Engine(
-            trunk,
-            self.pool,
-            LocalExperts(model.experts),
-            EngineConfig(limits=LIMITS, kv=kv or KvCacheConfig(resume_every_blocks=4)),
-            store=self.store if has_store else None,
-            model_digest=MODEL_DIGEST,
-        )
-        self._num_requests = 0
-
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator["Worker"]:
-        running = asyncio.create_task(self.engine.run())
-        try:
-            yield self
-        finally:
-            self.engine.close()
-            await running
-        self.engine.check()
-        usage = self.pool.usage()
-        assert (usage.sequences, usage.blocks, usage.pinned_blocks) == (0, 0, 0)
-        assert self.store.leases == 0
-        counters = self.engine.stats().kv.counters
-        assert counters.asked_tokens == (
-            counters.computed_tokens + sum(counters.restored_tokens.values())
-        )
-        assert sum(counters.hit_tokens.values()) == (
-            sum(counters.restored_tokens.values())
-            + counters.skipped_tokens
-            + counters.failed_tokens
-            + counters.late_tokens
-        )
-
-    async def ask(self, prompt: tuple[int, ...], num_tokens: int = 4, salt: str = "") -> KvUsage:
-        """Generate, and compare with the oracle."""
-        self._num_requests += 1
-        request = GenerationRequest(
-            request_id=f"{self._num_requests}",
-            token_ids=prompt,
-            max_tokens=num_tokens,
-            stop_token_ids=frozenset(),
-            cache_salt=salt,
-        )
-        token_ids: list[int] = []
-        usage: KvUsage | None = None
-        with self.engine.submit(request) as stream:
-            async for event in stream:
-                token_ids += event.token_ids
-                usage = event.kv_usage
-        expected = answer(prompt, num_tokens)
-        assert tuple(token_ids) == expected.token_ids
-        self.trunk.assert_drew_from(prompt, expected)
-        assert usage is not None
-        return usage
-
-    async def forget_device(self) -> None:
-        """As if others had needed the memory."""
-        await self.written_back()
-        self.pool.forget_idle(-1)
-        assert self.pool.usage().cached_blocks == 0
-
-    async def written_back(self) -> None:
-        async with asyncio.timeout(10):
-            while self.engine.stats().kv.waiting_blobs:  # noqa: ASYNC110 nobody waits for it
-                await asyncio.sleep(0.001)
-
-
-def prompt_of(num_tokens: int, seed: int = 1) -> tuple[int, ...]:
-    return tiny_model.prompt(num_tokens, seed)
 
 
 async def test_a_second_prompt_shares_the_blocks_on_the_device() -> None:
@@ -204,3 +110,127 @@ async def test_prompts_with_another_salt_share_nothing() -> None:
         await worker.forget_device()
         assert await worker.ask(prompt) == KvUsage(computed_tokens=700)
         assert await worker.ask(prompt, salt="one") == KvUsage(ram_tokens=640, computed_tokens=60)
+
+
+async def test_what_is_faster_to_compute_is_not_loaded_and_counted() -> None:
+    prompt = prompt_of(700)
+    store = await filled_store(prompt)
+    store.known_costs = {Tier.RAM: TierCost(latency_seconds=1e6, bytes_per_second=1.0)}
+    async with Worker(store=store).running() as worker:
+        assert await worker.ask(prompt) == KvUsage(computed_tokens=700)
+        counters = worker.engine.stats().kv.counters
+    assert +counters.hit_tokens == {Source.RAM: 640}
+    assert (counters.skipped_tokens, counters.failed_tokens, counters.late_tokens) == (640, 0, 0)
+
+
+async def test_a_load_that_takes_too_long_is_given_up_with_what_has_come() -> None:
+    prompt = prompt_of(WHOLE_PROMPT)
+    store = await filled_store(prompt)
+    store.delay_s = 0.1  # sixteen blobs of 0.1 s each, and 0.65 s to wait
+    kv = KvCacheConfig(resume_every_blocks=4, load_timeout_seconds=0.65)
+    async with Worker(store=store, kv=kv).running() as worker:
+        usage = await worker.ask(prompt)
+        counters = worker.engine.stats().kv.counters
+    assert usage == KvUsage(computed_tokens=WHOLE_PROMPT)  # no tail had come
+    assert counters.late_tokens == 1920
+
+
+async def test_others_keep_stepping_while_a_sequence_loads() -> None:
+    prompt, other = prompt_of(WHOLE_PROMPT), prompt_of(50, seed=2)
+    store = await filled_store(prompt)
+    store.delay_s = 0.03
+    async with Worker(store=store).running() as worker:
+        loading = asyncio.create_task(worker.ask(prompt))
+        await asyncio.sleep(0.05)
+        for _ in range(3):
+            await worker.ask(other)
+        assert not loading.done()
+        assert await loading == KvUsage(ram_tokens=1920, computed_tokens=80)
+
+
+async def test_far_blocks_are_fetched_from_the_moment_a_request_arrives() -> None:
+    prompt = prompt_of(700)
+    store = await filled_store(prompt)
+    store.tier_of = dict.fromkeys(store.blobs, Tier.DISK)
+    async with Worker(store=store, max_sequences=1).running() as worker:
+        running = asyncio.create_task(worker.ask(prompt_of(10), num_tokens=30))
+        await asyncio.sleep(0.02)
+        waiting = asyncio.create_task(worker.ask(prompt))
+        await asyncio.sleep(0.02)
+        assert not running.done()
+        assert set(store.prefetched) >= set(store.bodies())
+        await running
+        assert await waiting == KvUsage(disk_tokens=640, computed_tokens=60)
+
+
+async def test_each_tier_is_counted_by_itself() -> None:
+    prompt = prompt_of(700)
+    store = await filled_store(prompt)
+    for key, tier in zip(store.bodies(), (1, 2, 3, 4, 4), strict=True):
+        store.tier_of[key] = Tier(tier)
+    assert await restored(store, prompt) == KvUsage(
+        ram_tokens=128, disk_tokens=128, peer_tokens=128, cold_tokens=256, computed_tokens=60
+    )
+
+
+@pytest.mark.parametrize("when", ["lookup", "load", "save"])
+async def test_a_store_that_raises_costs_the_computing(
+    when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = prompt_of(700)
+    store = await filled_store(prompt)
+    async with Worker(store=store).running() as worker:
+        if when == "save":
+            store.blobs.clear()
+            store.gate.clear()
+        elif when == "load":
+            store.delay_s = 0.02
+        else:
+            store.error = RuntimeError("boom")
+        asking = asyncio.create_task(worker.ask(prompt))
+        await asyncio.sleep(0.05)
+        store.error = RuntimeError("boom")
+        store.gate.set()
+        usage = await asking
+        store.error = None
+        assert usage.computed_tokens >= 700 - 2 * BLOCK
+        await worker.written_back()
+    assert any(record.message.startswith("kv_") for record in caplog.records) or when == "save"
+
+
+@pytest.mark.parametrize("opens", ["while it decodes", "after the end"])
+async def test_what_the_write_back_has_no_room_for_is_offered_again_until_the_end(
+    opens: str,
+) -> None:
+    prompt = prompt_of(WHOLE_PROMPT)
+    max_bytes = 2 * tiny_model.pool().body_nbytes
+    kv = KvCacheConfig(resume_every_blocks=100, max_writeback_bytes=max_bytes)
+    async with Worker(kv=kv).running() as worker:
+        worker.store.gate.clear()
+        asking = asyncio.create_task(worker.ask(prompt, num_tokens=40))
+        async with asyncio.timeout(60):
+            while worker.engine.stats().counters.completion_tokens < 5:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        if opens == "after the end":
+            await asking
+        worker.store.gate.set()
+        await asking
+        await worker.written_back()
+        counters = worker.engine.stats().kv.counters
+    num_bodies, num_tails = (15, 1) if opens == "while it decodes" else (2, 0)
+    assert len(worker.store.bodies()) == num_bodies
+    assert len(worker.store.tails()) == num_tails
+    assert counters.saved_blobs == num_bodies + num_tails
+    assert counters.dropped_blobs == 16 - counters.saved_blobs
+
+
+async def test_idle_blocks_leave_the_device_by_themselves() -> None:
+    kv = KvCacheConfig(idle_seconds=0.2)
+    async with Worker(kv=kv).running() as worker:
+        await worker.ask(prompt_of(700))
+        await worker.written_back()
+        assert worker.pool.usage().cached_blocks == 5
+        async with asyncio.timeout(5):
+            while worker.pool.usage().cached_blocks:  # noqa: ASYNC110 nobody waits for it
+                await asyncio.sleep(0.02)
+        assert await worker.ask(prompt_of(700)) == KvUsage(ram_tokens=640, computed_tokens=60)
