@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model1.batch import ENTRY_TILE, Batch, Tile
-from model1.compressor import compress
+from model1.compressor import Compressor, compress
 from model1.config import AttentionKind, ModelConfig
 from model1.indexer import IndexQueries
 from model1.kv_arrays import LayerKV
@@ -72,14 +72,16 @@ def attention(
 
     index: IndexQueries | None = None
     if kind is AttentionKind.CSA:
-        compressor, own = weights.compressor, weights.indexer.compressor
-        entry_turns = turns.csa_entries
-        compress(x, compressor, batch.csa, kv.state, kv.entries, entry_turns, eps)
-        compress(x, own, batch.csa, kv.index_state, kv.index_keys, entry_turns, eps)
+        both = (
+            Compressor(weights.compressor, kv.entries),
+            Compressor(weights.indexer.compressor, kv.index_keys),
+        )
+        compress(x, both, batch.csa, kv.state, turns.csa_entries, eps)
         if any(tile.max_csa > config.index_topk for tile in batch.tiles):
             index = IndexQueries(x, q_latent, weights.indexer, by, config)
     elif kind is AttentionKind.HCA:
-        compress(x, weights.compressor, batch.hca, kv.state, kv.entries, turns.hca_entries, eps)
+        one = (Compressor(weights.compressor, kv.entries),)
+        compress(x, one, batch.hca, kv.state, turns.hca_entries, eps)
 
     parts = []
     for tile in batch.tiles:

@@ -75,20 +75,20 @@ class Tile:
 class Compression:
     """Which windows close in this step, for layers of one kind.
 
-    `old_rows [O]` state rows to read first; `sources [C, slots]` the rows of each closing window,
-    numbered in `[old state rows | this step's T rows | one empty row]`; `entry_rows [C]` entry rows
-    to write; `entry_positions [C]` rotary position of each entry (its first token: trap T7);
-    `saved_tokens [N]` -> `saved_rows [N]` the step's tokens to keep in the state; `phase [T]`
-    position within the window.
+    `old_rows [O]` state rows and `new_tokens [N]` of this step that closing windows read;
+    `sources [C, slots]` the rows of each closing window, numbered in `[O old rows | N new rows |
+    one empty row]`; `entry_rows [C]` entry rows to write; `entry_positions [C]` rotary position of
+    each entry (its first token: trap T7); `saved_tokens [S]` -> `saved_rows [S]` the step's tokens
+    to keep in the state.
     """
 
     old_rows: Tensor
+    new_tokens: Tensor
     sources: Tensor
     entry_rows: Tensor
     entry_positions: Tensor
     saved_tokens: Tensor
     saved_rows: Tensor
-    phase: Tensor
 
     @property
     def num_entries(self) -> int:
@@ -240,12 +240,14 @@ def _compression(
     per_block = layout.block_tokens // ratio
     state_rows = ratio * windows_read
     old_rows: list[_Ints] = []
-    closing: list[tuple[_Ints, int, int, int]] = []  # (positions [C, slots], start, row, old base)
+    new_tokens: list[_Ints] = []
+    # Positions [C, slots], start of the chunk, and what position 0 would be among old and new rows.
+    closing: list[tuple[_Ints, int, int, int]] = []
     entry_rows: list[_Ints] = []
     entry_positions: list[_Ints] = []
     saved_tokens: list[_Ints] = []
     saved_rows: list[_Ints] = []
-    row = num_old = 0
+    row = num_old = num_new = 0
     for chunk in chunks:
         handle, start, end = chunk.handle, chunk.start, chunk.end
         windows = np.arange(start // ratio, end // ratio)
@@ -254,8 +256,11 @@ def _compression(
             first = max(0, int(slots[0, 0]))
             old = np.arange(first, start)
             old_rows.append(handle.slot * state.unit_rows + old % state_rows)
-            closing.append((slots, start, row, num_old - first))
+            new = np.arange(start, end // ratio * ratio)
+            new_tokens.append(row + new - start)
+            closing.append((slots, start, num_old - first, num_new - start))
             num_old += old.size
+            num_new += new.size
             block = handle.blocks[windows // per_block]
             entry_rows.append(block * entries.unit_rows + windows % per_block)
             entry_positions.append(windows * ratio)
@@ -264,18 +269,17 @@ def _compression(
         saved_rows.append(handle.slot * state.unit_rows + kept % state_rows)
         row += end - start
     sources = [
-        np.where(p < 0, num_old + row, np.where(p < start, p + base, p - start + num_old + first))
-        for p, start, first, base in closing
+        np.where(p < 0, num_old + num_new, np.where(p < start, p + base, p + num_old + new_base))
+        for p, start, base, new_base in closing
     ]
-    phases = np.concatenate([np.arange(c.start, c.end) for c in chunks]) % ratio
     return Compression(
         old_rows=tensor(_joined(old_rows)),
+        new_tokens=tensor(_joined(new_tokens)),
         sources=tensor(np.concatenate([np.zeros((0, state_rows), np.int64), *sources])),
         entry_rows=tensor(_joined(entry_rows)),
         entry_positions=tensor(_joined(entry_positions)),
         saved_tokens=tensor(_joined(saved_tokens)),
         saved_rows=tensor(_joined(saved_rows)),
-        phase=tensor(phases),
     )
 
 

@@ -1,6 +1,7 @@
 """Manifold-constrained hyper-connections: n residual streams, mixed by a doubly stochastic matrix.
 
-Spec section 2.1. All coefficients are float32; the streams stay in the model dtype.
+Spec section 2.1. All coefficients are float32. So are the streams that are passed here, since
+each is read three times between two writes; their values are rounded to the model dtype.
 T tokens, n streams, D hidden size.
 """
 
@@ -23,7 +24,7 @@ class Mix(NamedTuple):
 
 
 def mix(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, config: ModelConfig) -> Mix:
-    """Coefficients of one sublayer from the streams `[T, n, D]`, float32.
+    """Coefficients of one sublayer from the streams `[T, n, D]`.
 
     `fn [(2+n)n, n*D]`, `base [(2+n)n]`, `scale [3]` (of pre, post and comb).
     """
@@ -80,25 +81,28 @@ def _coefficients_numpy(raw: Tensor, base: Tensor, scale: Tensor, config: ModelC
 
 
 def read(streams: Tensor, pre: Tensor) -> Tensor:
-    """The sublayer's input: `sum_j pre[j] * streams[j]` -> `[T, D]` in the streams' dtype."""
-    return (pre.unsqueeze(-1) * streams).sum(dim=1).to(streams.dtype)
+    """The sublayer's input, not rounded yet: `sum_j pre[j] * streams[j]` -> float32 `[T, D]`."""
+    return torch.bmm(pre.unsqueeze(1), streams).squeeze(1)
 
 
 def write(streams: Tensor, output: Tensor, coefficients: Mix) -> Tensor:
-    """New streams: `post[k] * output + sum_j comb[j, k] * streams[j]` (transposed: trap T3)."""
-    kept = torch.bmm(coefficients.comb.transpose(1, 2), streams.float())  # [T, n, D]
-    kept += coefficients.post.unsqueeze(-1) * output.unsqueeze(1)
-    return kept.to(streams.dtype)
+    """New streams: `post[k] * output + sum_j comb[j, k] * streams[j]` (transposed: trap T3).
+
+    Their values are rounded to the dtype of `output [T, D]`.
+    """
+    added = coefficients.post.unsqueeze(-1) * output.unsqueeze(1)  # [T, n, D]
+    added.baddbmm_(coefficients.comb.transpose(1, 2), streams)
+    return added.to(output.dtype).float()
 
 
 def collapse(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, config: ModelConfig
 ) -> Tensor:
-    """The head's learned mix of the streams: `[T, n, D] -> [T, D]` (spec section 2.7)."""
+    """The head's learned mix of the streams: `[T, n, D]` -> float32 `[T, D]` (spec 2.7)."""
     raw = _normed_projection(streams, fn, config.rms_norm_eps)
     return read(streams, sigmoid(raw * scale + base) + config.hc_eps)
 
 
 def _normed_projection(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
-    x = streams.flatten(1).float()  # [T, n*D]; one norm over all streams together
+    x = streams.flatten(1)  # [T, n*D]; one norm over all streams together
     return linear(x, fn) * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)

@@ -133,8 +133,7 @@ class RecordRows:
 class LayerKV:
     """One layer's rows; which exist depends on the layer's kind.
 
-    Compressor states are raw (c, z) rows in float32, c columns first, z with ape already added.
-    All others are rows of `dtype`, however they are kept.
+    All are rows of `dtype`, however they are kept. `state` holds the compressor's open windows.
     """
 
     def __init__(
@@ -149,7 +148,6 @@ class LayerKV:
             self.entries = rows_of("csa_entries")
             self.index_keys = arrays["index_keys"].rows_of(layer)
             self.state = arrays["csa_state"].rows_of(layer)
-            self.index_state = arrays["index_state"].rows_of(layer)
         elif kind is AttentionKind.HCA:
             self.entries = rows_of("hca_entries")
             self.state = arrays["hca_state"].rows_of(layer)

@@ -1,8 +1,8 @@
 """Bodies and tails: which bytes of the arrays they are, and the copies in and out.
 
 A body is one unit of each BLOCK array, one after the other. A tail is the window rows `[layers,
-W - 1, row]` (those before position 0 are zero), then the c and z columns of the first series of
-the previous window, `[layers, csa_ratio, columns]` each, of every CSA state.
+W - 1, row]` (those before position 0 are zero), then the CSA states' rows of the previous window,
+`[layers, csa_ratio, row]`.
 
 Both are a handful of copies, each of all layers. Knows nothing of who holds which unit.
 """
@@ -53,7 +53,7 @@ class KVBytes:
     def __init__(self, layout: KVLayout, arrays: Mapping[str, UnitArray]) -> None:
         self._layout = layout
         self._window = arrays["window"]
-        self._states = (arrays["csa_state"], arrays["index_state"])
+        self._state = arrays["csa_state"]
         self._body: list[tuple[UnitArray, slice]] = []
         self.body_nbytes = 0
         for array in arrays.values():
@@ -93,16 +93,7 @@ class KVBytes:
 
         first = (tail.position - layout.csa_ratio) % layout.csa_state_rows
         previous_window = slice(first, first + layout.csa_ratio)
-        at = rows.size
-        for array in self._states:
-            series = array.spec.row_nbytes // 4
-            num_layers = len(array.spec.layers)
-            shape = (num_layers, layout.csa_ratio, series)
-            for column in (0, 2 * series):  # c, then z
-                part = buffer[at : at + num_layers * layout.csa_ratio * series].reshape(shape)
-                at += part.size
-                columns = slice(column, column + series)
-                yield array, (tail.slot, _EVERY, previous_window, columns), part
+        yield self._state, (tail.slot, _EVERY, previous_window), buffer[rows.size :]
 
     def _window_rows(self, buffer: Bytes) -> Bytes:
         """`[layers, W - 1, bytes of a row]` of a tail."""

@@ -16,7 +16,7 @@ import torch
 from model1.config import AttentionKind, ModelConfig
 from model1.fp8 import Fp8Record
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Raised by every change after which the same tokens leave other bits in the KV state."""
 
 
@@ -24,7 +24,7 @@ class KVFormat(StrEnum):
     """How rows of keys and values are kept: window rows and compressed entries.
 
     Index keys stay in the model's dtype: rounding them changes which entries are chosen at all.
-    Compressor states are float32 always.
+    So do compressor states.
     """
 
     NATIVE = "native"  # in the model's dtype
@@ -79,6 +79,7 @@ class KVLayout:
     csa_per_block: int  # CSA entries in a block
     csa_state_rows: int  # 2 * csa_ratio: previous and current window
     hca_state_rows: int  # hca_ratio
+    hidden_size: int
     head_dim: int
     rope_dim: int
     index_dim: int
@@ -97,6 +98,7 @@ class KVLayout:
             csa_per_block=config.hca_ratio // config.csa_ratio,
             csa_state_rows=2 * config.csa_ratio,
             hca_state_rows=config.hca_ratio,
+            hidden_size=config.hidden_size,
             head_dim=config.head_dim,
             rope_dim=config.qk_rope_head_dim,
             index_dim=config.index_head_dim,
@@ -113,13 +115,12 @@ class KVLayout:
     def arrays(self) -> dict[str, ArraySpec]:
         """Every array by its name, those of no layer too. A block's parts lie in this order.
 
-        Compressor states are raw (c, z) rows in float32, c columns first, z with ape already added
-        (trap T17); CSA's c and z are of two series each.
+        Compressor states are the rows that compressors will project (`model1.compressor`).
         """
         every = tuple(range(len(self.kinds)))
         csa = tuple(i for i in every if self.kinds[i] is AttentionKind.CSA)
         hca = tuple(i for i in every if self.kinds[i] is AttentionKind.HCA)
-        d, di, f32 = self.head_dim, self.index_dim, torch.float32
+        d, di, hidden = self.head_dim, self.index_dim, self.hidden_size
         row: tuple[int, torch.dtype, Fp8Record | None] = (d, self.dtype, None)
         if self.kv_format is KVFormat.FP8:
             record = Fp8Record(d, self.rope_dim)
@@ -129,9 +130,8 @@ class KVLayout:
             ArraySpec("csa_entries", Unit.BLOCK, csa, self.csa_per_block, *row),
             ArraySpec("index_keys", Unit.BLOCK, csa, self.csa_per_block, di, self.dtype),
             ArraySpec("hca_entries", Unit.BLOCK, hca, 1, *row),
-            ArraySpec("csa_state", Unit.SLOT, csa, self.csa_state_rows, 4 * d, f32),
-            ArraySpec("index_state", Unit.SLOT, csa, self.csa_state_rows, 4 * di, f32),
-            ArraySpec("hca_state", Unit.SLOT, hca, self.hca_state_rows, 2 * d, f32),
+            ArraySpec("csa_state", Unit.SLOT, csa, self.csa_state_rows, hidden, self.dtype),
+            ArraySpec("hca_state", Unit.SLOT, hca, self.hca_state_rows, hidden, self.dtype),
         )
         return {spec.name: spec for spec in specs}
 
@@ -142,11 +142,9 @@ class KVLayout:
     @property
     def tail_nbytes(self) -> int:
         """Bytes of what a resume point keeps beside the blocks; see `model1.kv_pool`."""
-        arrays = self.arrays
-        window, state = arrays["window"], (arrays["csa_state"], arrays["index_state"])
+        window, state = self.arrays["window"], self.arrays["csa_state"]
         rows = len(window.layers) * (self.window - 1) * window.row_nbytes
-        # Half of the rows (the previous window) and half of the columns (the first series).
-        return rows + sum(spec.unit_nbytes // 4 for spec in state)
+        return rows + state.unit_nbytes // 2  # of its two windows the previous one
 
     def digest(self, device: torch.device) -> bytes:
         """16 bytes that are equal where KV bytes mean the same, bit for bit.

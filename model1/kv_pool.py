@@ -7,14 +7,14 @@ Three kinds of unit:
   and may outlive their sequences (`model1.kv_blocks`).
 * a *window page* covers half a sliding window (64 tokens) of roped K=V rows of every layer; pages
   that fell out of the window are given back after each step.
-* a *slot* holds a sequence's compressor state: the raw (c, z) rows of the open windows.
+* a *slot* holds a sequence's compressor state: the rows of the open windows, not yet compressed.
 
 What leaves the device and comes back is of two kinds. A *body* is one block's bytes. A *tail* is
 what a sequence that stands at a boundary P needs beside the bodies of [0, P):
 
     window rows [P - W + 1, P)       all layers; the next query sees no older ones
-    c and z of tokens [P - 4, P)     CSA layers and their indexers, first series only: the next
-                                     window's entry reads no more of the window before it (T18)
+    state rows [P - 4, P)            CSA layers: the next window's entry also reads the window
+                                     before its own (trap T18)
     nothing of HCA layers            their window has just closed
 
 The pool owns all of it; sequences hold a `KVHandle`. Knows nothing of schedules or tiers.

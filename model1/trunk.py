@@ -92,15 +92,18 @@ class Trunk(nn.Module):
         """
         config = self.config
         turns = Rotations.of(batch, self.rope)
-        streams = self.embed.weight[batch.token_ids].unsqueeze(1).repeat(1, config.hc_mult, 1)
+        streams = self.embed.weight[batch.token_ids].float()
+        streams = streams.unsqueeze(1).repeat(1, config.hc_mult, 1)
         for layer, block in enumerate(self._blocks):
             site = block.attn_site(streams)
-            x = rms_norm(mhc.read(streams, site.pre), block.attn_norm.weight, config.rms_norm_eps)
+            x = mhc.read(streams, site.pre).to(self.dtype)
+            x = rms_norm(x, block.attn_norm.weight, config.rms_norm_eps)
             y = attention(x, block.attn, block.kind, pool.layers[layer], batch, turns, config)
             streams = mhc.write(streams, y, site)
 
             site = block.ffn_site(streams)
-            x = rms_norm(mhc.read(streams, site.pre), block.ffn_norm.weight, config.rms_norm_eps)
+            x = mhc.read(streams, site.pre).to(self.dtype)
+            x = rms_norm(x, block.ffn_norm.weight, config.rms_norm_eps)
             expert_ids, weights = route(x, batch.token_ids, block.ffn.gate, config)
             yield ExpertCall(layer, x, expert_ids, weights)
             shared = shared_expert(x, block.ffn.shared_experts, config.swiglu_limit)
@@ -112,7 +115,7 @@ class Trunk(nn.Module):
             pool.commit(chunk.handle, chunk.end)
         last = streams[batch.logit_rows]
         h = mhc.collapse(last, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, config)
-        h = rms_norm(h, self.norm.weight, config.rms_norm_eps)
+        h = rms_norm(h.to(self.dtype), self.norm.weight, config.rms_norm_eps)
         return linear(h.float(), self.head.weight)
 
 

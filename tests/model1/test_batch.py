@@ -249,8 +249,8 @@ def _assert_compression(
     step: Step, plan: Compression, state: dict[int, Tag], ratio: int, windows_read: int
 ) -> None:
     rows = step.rows
-    assert plan.phase.tolist() == [position % ratio for _, position in rows]
-    readable = [*(state[row] for row in plan.old_rows.tolist()), *rows, EMPTY]
+    old = [state[row] for row in plan.old_rows.tolist()]
+    readable = [*old, *(rows[token] for token in plan.new_tokens.tolist()), EMPTY]
     assert EMPTY not in readable[:-1]
     expected = [
         [
@@ -261,6 +261,8 @@ def _assert_compression(
     ]
     assert [[readable[i] for i in slots] for slots in plan.sources.tolist()] == expected
     assert plan.num_entries == len(expected)
+    read = {tag for slots in expected for tag in slots}
+    assert sorted(readable[:-1]) == sorted(read - {EMPTY}), "read once, and nothing else"
     assert plan.entry_positions.tolist() == [window * ratio for _, window in _closing(rows, ratio)]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model1.batch import Batch, Chunk
-from model1.compressor import compress
+from model1.compressor import Compressor, compress
 from model1.config import AttentionKind, ModelConfig
 from model1.kv_pool import KVPool, PoolCapacity
 from model1.modules import CompressorWeights
@@ -107,7 +107,8 @@ def entries_of(
         step = torch.cat([rows[id(chunk.handle)] for chunk in batch.chunks]).to(dtype)
         plan = batch.csa if kind is CSA else batch.hca
         by = Rotation.at(plan.entry_positions, inverse_frequencies)
-        compress(step, weights_of(kind), plan, kv.state, kv.entries, by, CONFIG.rms_norm_eps)
+        compressor = Compressor(weights_of(kind), kv.entries)
+        compress(step, [compressor], plan, kv.state, by, CONFIG.rms_norm_eps)
         for chunk in chunks:
             pool.commit(chunk.handle, chunk.end)
     ratio = CONFIG.csa_ratio if kind is CSA else CONFIG.hca_ratio

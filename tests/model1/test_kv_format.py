@@ -187,5 +187,5 @@ def test_records_take_their_bytes_and_no_more(config: ModelConfig, dtype: torch.
     row = Fp8Record(config.head_dim, config.qk_rope_head_dim).num_bytes
     index_key = config.index_head_dim * dtype.itemsize
     assert pool.body_nbytes == 2 * 32 * (row + index_key) + row
-    state = 2 * 4 * (2 * config.head_dim + 2 * config.index_head_dim) * 4
+    state = 2 * 4 * config.hidden_size * dtype.itemsize
     assert pool.tail_nbytes == 4 * (config.sliding_window - 1) * row + state

@@ -356,19 +356,19 @@ def test_arrays_are_those_of_each_layers_kind_and_their_bytes_are_told() -> None
     usage = pool.usage()
     assert (usage.max_sequences, usage.max_blocks) == (3, 3)
     pages, blocks, slots, d, di = usage.max_pages + 1, usage.max_blocks + 1, 3, 16, 16
+    hidden = tiny_model.CONFIG.hidden_size
     shapes = {
         AttentionKind.SWA: {"window": (pages, 4, d)},
         AttentionKind.CSA: {
             "window": (pages, 4, d),
             "entries": (blocks, 32, d),
             "index_keys": (blocks, 32, di),
-            "state": (slots, 8, 4 * d),  # two windows of (c, z), each of two series
-            "index_state": (slots, 8, 4 * di),
+            "state": (slots, 8, hidden),  # two windows
         },
         AttentionKind.HCA: {
             "window": (pages, 4, d),
             "entries": (blocks, 1, d),
-            "state": (slots, 128, 2 * d),
+            "state": (slots, 128, hidden),
         },
     }
     num_bytes = 0

@@ -66,7 +66,7 @@ def pool_of(model: Model, *, poisoned: bool = False) -> KVPool:
     if poisoned:
         for layer in pool.layers:
             for name, rows in vars(layer).items():
-                if name in ("state", "index_state"):
+                if name == "state":
                     rows.units.fill_(torch.nan)
                 else:
                     rows.units[1:] = MASKED  # unit 0 is nobody's and stays zero
@@ -283,9 +283,9 @@ def test_a_model_may_have_layers_of_one_kind_only(kind: AttentionKind) -> None:
     pool.write_tail(handle, BLOCK, tail)
     assert body_of(pool, int(handle.blocks[0])) == body
     assert tail_of(pool, handle) == tail
-    # 7 window rows of each layer; CSA: 32 entries and keys, 4 rows of c and z of two compressors.
+    # 7 window rows of each layer; CSA: 32 entries and keys, 4 rows for the compressors.
     window, row = 7 * 6 * 64, 6 * 64
-    sizes = {SWA: (0, 0), CSA: (64 * row, 16 * row), HCA: (row, 0)}
+    sizes = {SWA: (0, 0), CSA: (64 * row, 4 * 6 * 4 * CONFIG.hidden_size), HCA: (row, 0)}
     assert (len(body), len(tail)) == (sizes[kind][0], window + sizes[kind][1])
 
 

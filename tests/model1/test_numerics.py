@@ -132,7 +132,7 @@ def test_rotation_is_row_invariant(rotary: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("n", (2, 3, 4))
 def test_hyper_connections_are_row_invariant(n: int, hidden: int, dtype: torch.dtype) -> None:
     config = _config(hc_mult=n, hc_sinkhorn_iters=20)
-    streams, output = _draw(ROWS, n, hidden, dtype=dtype), _draw(ROWS, hidden, dtype=dtype)
+    streams, output = _draw(ROWS, n, hidden), _draw(ROWS, hidden, dtype=dtype)
     num_rows = (2 + n) * n
     fn, base, scale = _draw(num_rows, n * hidden) / hidden, _draw(num_rows), _draw(3)
     at = mix(streams, fn, base, scale, config)
