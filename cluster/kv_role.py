@@ -23,21 +23,30 @@ SPARE_BYTES = 64 * 2**20
 
 def load_kv_store(name: str, settings: KvSettings, place: Place) -> Serve:
     from services.kvstore.config import KvStoreConfig
+    from services.kvstore.disk import DiskConfig, FsyncPolicy
     from services.kvstore.server import KvStoreServer
+    from services.kvstore.sessions import Durability
 
     async def serve(peers: Peers) -> Serving:
         with ExitStack() as folders:
             shared = folders.enter_context(
                 runtime_dir(shared_memory(settings.ram_bytes, otherwise=place.runtime_dir))
             )
+            own = disk = None
             if settings.disk_path is not None:
-                folders.enter_context(claimed_folder(settings.disk_path))
+                own = folders.enter_context(claimed_folder(settings.disk_path))
+                disk = DiskConfig(
+                    own / "blobs", settings.disk_bytes, fsync=FsyncPolicy(settings.disk_fsync)
+                )
             server = await KvStoreServer.open(
                 KvStoreConfig(
                     name=name,
                     address=f"{place.bind_host}:0",
                     arena_dir=shared,
                     ram_bytes=settings.ram_bytes,
+                    disk=disk,
+                    sessions_dir=own,
+                    sessions_durability=Durability(settings.disk_fsync),
                 )
             )
             held = folders.pop_all()
@@ -46,7 +55,10 @@ def load_kv_store(name: str, settings: KvSettings, place: Place) -> Serve:
             await server.stop(grace_seconds)
             held.close()
 
-        return Serving(Listening(server.address), lambda: server.num_requests, stop)
+        async def update(peers: Peers) -> None:
+            await server.set_peers(address for _, address in peers.store_addresses)
+
+        return Serving(Listening(server.address), lambda: server.num_requests, stop, update)
 
     return serve
 
