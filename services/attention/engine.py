@@ -145,9 +145,10 @@ class Engine:
         self._is_draining = self._is_closed = True
         self._wake.set()
 
-    def release(self, body_keys: Several[bytes]) -> int:
-        """Give the device memory of these KV blocks back; how many. Those in use stay."""
-        return self._kv.forget(body_keys)
+    def release(self, keys: Several[bytes]) -> int:
+        """Give the memory of these KV bodies and tails back; how many blocks of the device that
+        were. What is in use stays."""
+        return self._kv.forget(keys)
 
     def stats(self) -> EngineStats:
         return EngineStats(

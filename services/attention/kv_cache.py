@@ -116,9 +116,13 @@ class KvCache:
         root = root_key(self._model_digest, self.pool.layout_digest, salt)
         return RequestKv(request, root, self._parts)
 
-    def forget(self, body_keys: Sequence[bytes]) -> int:
-        """Give the device memory of these blocks back unless a request holds them; how many."""
-        num_blocks = self.pool.forget(body_keys)
+    def forget(self, keys: Sequence[bytes]) -> int:
+        """Give the memory of these bodies and tails back unless a request holds them.
+
+        Returns how many blocks of the device became free.
+        """
+        num_blocks = self.pool.forget(keys)
+        self._tails.forget(keys)
         self._on_change()
         return num_blocks
 

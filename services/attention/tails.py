@@ -6,6 +6,7 @@ unused first. Knows neither what a tail means nor where else it is kept.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -92,6 +93,18 @@ class TailCache:
         self.release(tail)
         if not tail.num_holders and tail.key is not None:
             self._of_key.move_to_end(tail.key, last=False)
+
+    def forget(self, keys: Iterable[bytes]) -> int:
+        """Free the slots of these tails, held ones excepted; how many there were."""
+        idle = [
+            tail
+            for key in keys
+            if (tail := self._of_key.get(key)) is not None and not tail.num_holders
+        ]
+        for tail in idle:
+            self._forget(tail)
+            self._free.append(tail)
+        return len(idle)
 
     def check(self) -> None:
         """Every slot is free, has a key, or is being filled; AssertionError otherwise."""

@@ -34,7 +34,7 @@ async def test_an_engine_without_tiers_says_what_the_resident_oracle_says() -> N
     async def play(session: Session) -> None:
         answers: list[tuple[int, ...]] = []
         for turn in range(len(session.turns)):
-            answers.append(await answer(engine, request(session, answers)))
+            answers.append((await answer(engine, request(session, answers))).token_ids)
             ledger.answers[session.name, turn] = answers[-1]
 
     await asyncio.gather(*map(play, traffic))

@@ -97,12 +97,10 @@ def _tokens(draw: random.Random, count: int) -> tuple[int, ...]:
     return tuple(draw.choices(range(FIRST_TOKEN_ID, END_TOKEN_ID), k=count))
 
 
-def history(session: Session, answers: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The prompt of turn `len(answers)` as a worker gets it: everything said so far."""
+def said_so_far(session: Session, answers: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The first turns, as many as have an answer: prompts and answers."""
     tokens: list[int] = []
     for turn, answer in zip(session.turns, answers, strict=False):
         tokens += turn.prompt
         tokens += answer
-    if len(answers) < len(session.turns):
-        tokens += session.turns[len(answers)].prompt
     return tuple(tokens)

@@ -47,6 +47,18 @@ def test_when_all_slots_are_held_there_is_none() -> None:
     assert b"a" not in cache
 
 
+def test_what_is_forgotten_gives_its_slot_back_unless_it_is_held() -> None:
+    cache = TailCache(3, 1)
+    held = _put(cache, b"a")
+    cache.release(_put(cache, b"b"))
+    assert cache.forget([b"a", b"b", b"c"]) == 1
+    assert b"a" in cache and b"b" not in cache
+    cache.check()
+    cache.release(held)
+    assert cache.forget([b"a"]) == 1
+    cache.check()
+
+
 class TailCacheMachine(RuleBasedStateMachine):
     """Random use against a list of who holds what."""
 

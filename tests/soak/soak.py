@@ -1,0 +1,184 @@
+"""The whole proof in waves: an oracle in a process of its own, a tiered run, their comparison."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from services.attention.engine import Engine, EngineConfig
+from services.attention.kv_cache import KvCacheConfig
+from services.attention.local import LocalExperts
+from services.attention.scheduler import SchedulerLimits
+from services.kvstore.client import KvClient, KvClientConfig
+from tests.soak.ledger import Differences, Ledger, RecordingTrunk, compare
+from tests.soak.nodes import TwoNodes, two_nodes
+from tests.soak.resident import run_resident
+from tests.soak.soak_model import soak_model
+from tests.soak.tiered import (
+    CONCURRENT_SESSIONS,
+    MODEL_DIGEST,
+    RESUME_EVERY_BLOCKS,
+    EagerStore,
+    Resumes,
+    TieredRun,
+)
+from tests.soak.traffic import LONGEST_TOKENS, Session, sessions
+
+WAVE_SESSIONS = 128
+# Less than the sessions of a wave need: blocks leave the device for want of room as well.
+POOL_TOKENS = 16 * LONGEST_TOKENS
+MAX_STEP_TOKENS = 512
+
+
+@dataclass(slots=True)
+class SoakReport:
+    """What was played so far, and what differed."""
+
+    seed: int
+    sessions: int = 0
+    turns: int = 0
+    tokens_in_context: int = 0
+    compared_tokens: int = 0
+    compared_logits: int = 0
+    different_tokens: int = 0
+    different_logits: int = 0
+    where: list[str] = field(default_factory=list)
+    resumes: Resumes = field(default_factory=Resumes)
+    seconds: float = 0.0
+
+    @property
+    def num_resumes(self) -> int:
+        return self.resumes.by_pair.total()
+
+    @property
+    def bound(self) -> float:
+        """When none of N sessions differs: fewer than this share of all sessions do (95%)."""
+        return 3 / self.sessions
+
+    def add(self, wave: Sequence[Session], differences: Differences) -> None:
+        self.sessions += len(wave)
+        self.turns += sum(len(session.turns) for session in wave)
+        self.tokens_in_context += sum(session.num_tokens for session in wave)
+        self.compared_tokens += differences.compared_tokens
+        self.compared_logits += differences.compared_logits
+        self.different_tokens += differences.tokens
+        self.different_logits += differences.logits
+        self.where += differences.where
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"bound_95": self.bound, "num_resumes": self.num_resumes}
+
+    def table(self) -> str:
+        """For people: the pairs, then the result in one line."""
+        resumes = self.resumes
+        lines = [f"{'blocks alternately in':<20} {'resumes':>8}"]
+        lines += [f"{pair:<20} {count:>8}" for pair, count in resumes.by_pair.items()]
+        lines += ["", f"{'restored from':<20} {'tokens':>12}"]
+        lines += [f"{place:<20} {count:>12}" for place, count in resumes.tokens.items()]
+        lines += [f"{'(computed)':<20} {resumes.computed_tokens:>12}", ""]
+        lines.append(
+            f"{self.sessions} sessions of {self.tokens_in_context} tokens, "
+            f"{self.num_resumes} resumes, {self.compared_tokens} tokens and "
+            f"{self.compared_logits} rows of logits compared in {self.seconds:.0f} s: "
+            f"{self.different_tokens} tokens and {self.different_logits} rows differ; "
+            f"at most {self.bound:.2g} of sessions do (3/N, 95%)"
+        )
+        return "\n".join(lines + self.where)
+
+
+class Worker(NamedTuple):
+    """A running engine, what its passes said, and who moves its blocks about."""
+
+    engine: Engine
+    trunk: RecordingTrunk
+    run: TieredRun
+
+
+async def soak(
+    *,
+    seed: int,
+    first: int,
+    count: int,
+    directory: Path,
+    longest_tokens: int = LONGEST_TOKENS,
+    progress: Callable[[SoakReport], None] | None = None,
+) -> SoakReport:
+    """Sessions `first` to `first + count` of the traffic of `seed`; `progress` after each wave."""
+    report, start_seconds = SoakReport(seed), time.monotonic()
+    starts = range(first, first + count, WAVE_SESSIONS)
+    waves = [
+        sessions(seed, start, min(WAVE_SESSIONS, first + count - start), longest_tokens)
+        for start in starts
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_one_thread) as oracles:
+        loop = asyncio.get_running_loop()
+        ledgers = [loop.run_in_executor(oracles, _oracle, wave) for wave in waves]
+        async with two_nodes(directory) as nodes, running_worker(nodes) as worker:
+            for wave, oracle in zip(waves, ledgers, strict=True):
+                ledger = Ledger(await worker.run.play(wave), worker.trunk.rows.copy())
+                worker.trunk.rows.clear()
+                report.add(wave, compare(await oracle, ledger))
+                report.resumes = worker.run.resumes
+                report.seconds = time.monotonic() - start_seconds
+                if progress is not None:
+                    progress(report)
+    return report
+
+
+@asynccontextmanager
+async def running_worker(nodes: TwoNodes) -> AsyncIterator[Worker]:
+    """An engine of the home node, all of it checked at the end."""
+    model = soak_model()
+    trunk = RecordingTrunk(model.trunk)
+    pool = model.pool(POOL_TOKENS, CONCURRENT_SESSIONS)
+    client = await KvClient.open(
+        KvClientConfig(
+            address=nodes.home.address,
+            name="soak",
+            model_digest=MODEL_DIGEST,
+            layout_digest=pool.layout_digest,
+            call_timeout_seconds=30.0,
+        )
+    )
+    async with asyncio.timeout(30):
+        await client.wait_connected()
+    config = EngineConfig(
+        limits=SchedulerLimits(max_batch_tokens=MAX_STEP_TOKENS, max_sequences=CONCURRENT_SESSIONS),
+        kv=KvCacheConfig(resume_every_blocks=RESUME_EVERY_BLOCKS, load_timeout_seconds=60.0),
+    )
+    engine = Engine(
+        trunk,
+        pool,
+        LocalExperts(model.experts),
+        config,
+        store=EagerStore(client),
+        model_digest=MODEL_DIGEST,
+    )
+    running = asyncio.create_task(engine.run())
+    try:
+        yield Worker(engine, trunk, TieredRun(engine, pool, client, nodes))
+    finally:
+        engine.close()
+        await running
+        engine.check()
+        assert client.num_leases == 0
+        await client.close()
+        await nodes.check()
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _oracle(wave: Sequence[Session]) -> Ledger:
+    return run_resident(soak_model(), wave)
