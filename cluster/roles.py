@@ -83,7 +83,7 @@ def load_gateway(
 ) -> Serve:
     """`kv_tokens` is what a worker holds: the context that is offered is no longer than that."""
     from services.gateway.server import GatewayConfig, GatewayServer
-    from services.gateway.stores import StoreAddress
+    from services.gateway.store import StoreAddress
     from services.gateway.workers import WorkerAddress
 
     async def topology() -> "Topology":

@@ -22,33 +22,61 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from protos import attention_pb2 as protos_dot_attention__pb2
+from protos import kvstore_pb2 as protos_dot_kvstore__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/control.proto\x12\tmodel1.v1\"\x16\n\x14GetServerInfoRequest\"\x88\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x61\x63tive_requests\x18\x03 \x01(\r\x12\x1b\n\x13max_active_requests\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\xee\x01\n\x14GetModelInfoResponse\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x1a\n\x12max_context_length\x18\x03 \x01(\r\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\x04 \x01(\r\x12\x19\n\x0c\x62os_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11num_hidden_layers\x18\x07 \x01(\r\x12\x18\n\x10n_routed_experts\x18\x08 \x01(\rB\x0f\n\r_bos_token_id\"\x14\n\x12GetTopologyRequest\"\xa0\x01\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0f\n\x07node_id\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x10\n\x08requests\x18\x07 \x01(\x04\x12\x19\n\x0c\x65xpert_group\x18\x08 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_expert_group\"H\n\x13GetTopologyResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\"\n\x07members\x18\x02 \x03(\x0b\x32\x11.model1.v1.Member\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse2\xb8\x02\n\x07\x43ontrol\x12R\n\rGetServerInfo\x12\x1f.model1.v1.GetServerInfoRequest\x1a .model1.v1.GetServerInfoResponse\x12O\n\x0cGetModelInfo\x12\x1e.model1.v1.GetModelInfoRequest\x1a\x1f.model1.v1.GetModelInfoResponse\x12L\n\x0bGetTopology\x12\x1d.model1.v1.GetTopologyRequest\x1a\x1e.model1.v1.GetTopologyResponse\x12:\n\x05\x41\x62ort\x12\x17.model1.v1.AbortRequest\x1a\x18.model1.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/control.proto\x12\tmodel1.v1\x1a\x16protos/attention.proto\x1a\x14protos/kvstore.proto\"\x16\n\x14GetServerInfoRequest\"\x88\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x61\x63tive_requests\x18\x03 \x01(\r\x12\x1b\n\x13max_active_requests\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\xee\x01\n\x14GetModelInfoResponse\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x1a\n\x12max_context_length\x18\x03 \x01(\r\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\x04 \x01(\r\x12\x19\n\x0c\x62os_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11num_hidden_layers\x18\x07 \x01(\r\x12\x18\n\x10n_routed_experts\x18\x08 \x01(\rB\x0f\n\r_bos_token_id\"\x14\n\x12GetTopologyRequest\"\xa0\x01\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0f\n\x07node_id\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x10\n\x08requests\x18\x07 \x01(\x04\x12\x19\n\x0c\x65xpert_group\x18\x08 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_expert_group\"H\n\x13GetTopologyResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\"\n\x07members\x18\x02 \x03(\x0b\x32\x11.model1.v1.Member\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x13\n\x11GetKvStatsRequest\"j\n\x12GetKvStatsResponse\x12(\n\x06stores\x18\x01 \x03(\x0b\x32\x18.model1.v1.KvStatOfStore\x12*\n\x07workers\x18\x02 \x03(\x0b\x32\x19.model1.v1.KvStatOfWorker\"k\n\rKvStatOfStore\x12\r\n\x05store\x18\x01 \x01(\t\x12)\n\x04stat\x18\x02 \x01(\x0b\x32\x19.model1.v1.KvStatResponseH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome\"o\n\x0eKvStatOfWorker\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12+\n\x04stat\x18\x02 \x01(\x0b\x32\x1b.model1.v1.AttentionKvStatsH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome\"B\n\x0fVerifyKvRequest\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.model1.v1.KvTier\x12\x0e\n\x06repair\x18\x02 \x01(\x08\"<\n\x10VerifyKvResponse\x12(\n\x06stores\x18\x01 \x03(\x0b\x32\x18.model1.v1.VerifiedStore\"q\n\rVerifiedStore\x12\r\n\x05store\x18\x01 \x01(\t\x12/\n\x08verified\x18\x02 \x01(\x0b\x32\x1b.model1.v1.KvVerifyResponseH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome\"@\n\x0e\x45victKvRequest\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.model1.v1.KvTier\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\":\n\x0f\x45victKvResponse\x12\'\n\x06stores\x18\x01 \x03(\x0b\x32\x17.model1.v1.EvictedStore\"n\n\x0c\x45victedStore\x12\r\n\x05store\x18\x01 \x01(\t\x12-\n\x07\x65victed\x18\x02 \x01(\x0b\x32\x1a.model1.v1.KvEvictResponseH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome\"\x12\n\x10\x43ollectKvRequest\">\n\x11\x43ollectKvResponse\x12)\n\x06stores\x18\x01 \x03(\x0b\x32\x19.model1.v1.CollectedStore\"o\n\x0e\x43ollectedStore\x12\r\n\x05store\x18\x01 \x01(\t\x12,\n\tcollected\x18\x02 \x01(\x0b\x32\x17.model1.v1.KvGcResponseH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome2\xd2\x04\n\x07\x43ontrol\x12R\n\rGetServerInfo\x12\x1f.model1.v1.GetServerInfoRequest\x1a .model1.v1.GetServerInfoResponse\x12O\n\x0cGetModelInfo\x12\x1e.model1.v1.GetModelInfoRequest\x1a\x1f.model1.v1.GetModelInfoResponse\x12L\n\x0bGetTopology\x12\x1d.model1.v1.GetTopologyRequest\x1a\x1e.model1.v1.GetTopologyResponse\x12:\n\x05\x41\x62ort\x12\x17.model1.v1.AbortRequest\x1a\x18.model1.v1.AbortResponse\x12I\n\nGetKvStats\x12\x1c.model1.v1.GetKvStatsRequest\x1a\x1d.model1.v1.GetKvStatsResponse\x12\x43\n\x08VerifyKv\x12\x1a.model1.v1.VerifyKvRequest\x1a\x1b.model1.v1.VerifyKvResponse\x12@\n\x07\x45victKv\x12\x19.model1.v1.EvictKvRequest\x1a\x1a.model1.v1.EvictKvResponse\x12\x46\n\tCollectKv\x12\x1b.model1.v1.CollectKvRequest\x1a\x1c.model1.v1.CollectKvResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=35
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=57
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=60
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=196
-  _globals['_GETMODELINFOREQUEST']._serialized_start=198
-  _globals['_GETMODELINFOREQUEST']._serialized_end=219
-  _globals['_GETMODELINFORESPONSE']._serialized_start=222
-  _globals['_GETMODELINFORESPONSE']._serialized_end=460
-  _globals['_GETTOPOLOGYREQUEST']._serialized_start=462
-  _globals['_GETTOPOLOGYREQUEST']._serialized_end=482
-  _globals['_MEMBER']._serialized_start=485
-  _globals['_MEMBER']._serialized_end=645
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=647
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=719
-  _globals['_ABORTREQUEST']._serialized_start=721
-  _globals['_ABORTREQUEST']._serialized_end=755
-  _globals['_ABORTRESPONSE']._serialized_start=757
-  _globals['_ABORTRESPONSE']._serialized_end=772
-  _globals['_CONTROL']._serialized_start=775
-  _globals['_CONTROL']._serialized_end=1087
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=81
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=103
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=106
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=242
+  _globals['_GETMODELINFOREQUEST']._serialized_start=244
+  _globals['_GETMODELINFOREQUEST']._serialized_end=265
+  _globals['_GETMODELINFORESPONSE']._serialized_start=268
+  _globals['_GETMODELINFORESPONSE']._serialized_end=506
+  _globals['_GETTOPOLOGYREQUEST']._serialized_start=508
+  _globals['_GETTOPOLOGYREQUEST']._serialized_end=528
+  _globals['_MEMBER']._serialized_start=531
+  _globals['_MEMBER']._serialized_end=691
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=693
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=765
+  _globals['_ABORTREQUEST']._serialized_start=767
+  _globals['_ABORTREQUEST']._serialized_end=801
+  _globals['_ABORTRESPONSE']._serialized_start=803
+  _globals['_ABORTRESPONSE']._serialized_end=818
+  _globals['_GETKVSTATSREQUEST']._serialized_start=820
+  _globals['_GETKVSTATSREQUEST']._serialized_end=839
+  _globals['_GETKVSTATSRESPONSE']._serialized_start=841
+  _globals['_GETKVSTATSRESPONSE']._serialized_end=947
+  _globals['_KVSTATOFSTORE']._serialized_start=949
+  _globals['_KVSTATOFSTORE']._serialized_end=1056
+  _globals['_KVSTATOFWORKER']._serialized_start=1058
+  _globals['_KVSTATOFWORKER']._serialized_end=1169
+  _globals['_VERIFYKVREQUEST']._serialized_start=1171
+  _globals['_VERIFYKVREQUEST']._serialized_end=1237
+  _globals['_VERIFYKVRESPONSE']._serialized_start=1239
+  _globals['_VERIFYKVRESPONSE']._serialized_end=1299
+  _globals['_VERIFIEDSTORE']._serialized_start=1301
+  _globals['_VERIFIEDSTORE']._serialized_end=1414
+  _globals['_EVICTKVREQUEST']._serialized_start=1416
+  _globals['_EVICTKVREQUEST']._serialized_end=1480
+  _globals['_EVICTKVRESPONSE']._serialized_start=1482
+  _globals['_EVICTKVRESPONSE']._serialized_end=1540
+  _globals['_EVICTEDSTORE']._serialized_start=1542
+  _globals['_EVICTEDSTORE']._serialized_end=1652
+  _globals['_COLLECTKVREQUEST']._serialized_start=1654
+  _globals['_COLLECTKVREQUEST']._serialized_end=1672
+  _globals['_COLLECTKVRESPONSE']._serialized_start=1674
+  _globals['_COLLECTKVRESPONSE']._serialized_end=1736
+  _globals['_COLLECTEDSTORE']._serialized_start=1738
+  _globals['_COLLECTEDSTORE']._serialized_end=1849
+  _globals['_CONTROL']._serialized_start=1852
+  _globals['_CONTROL']._serialized_end=2446
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,5 @@
+from protos import attention_pb2 as _attention_pb2
+from protos import kvstore_pb2 as _kvstore_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -89,3 +91,103 @@ class AbortRequest(_message.Message):
 class AbortResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class GetKvStatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetKvStatsResponse(_message.Message):
+    __slots__ = ("stores", "workers")
+    STORES_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    stores: _containers.RepeatedCompositeFieldContainer[KvStatOfStore]
+    workers: _containers.RepeatedCompositeFieldContainer[KvStatOfWorker]
+    def __init__(self, stores: _Optional[_Iterable[_Union[KvStatOfStore, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[KvStatOfWorker, _Mapping]]] = ...) -> None: ...
+
+class KvStatOfStore(_message.Message):
+    __slots__ = ("store", "stat", "unavailable")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    STAT_FIELD_NUMBER: _ClassVar[int]
+    UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    stat: _kvstore_pb2.KvStatResponse
+    unavailable: str
+    def __init__(self, store: _Optional[str] = ..., stat: _Optional[_Union[_kvstore_pb2.KvStatResponse, _Mapping]] = ..., unavailable: _Optional[str] = ...) -> None: ...
+
+class KvStatOfWorker(_message.Message):
+    __slots__ = ("worker", "stat", "unavailable")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    STAT_FIELD_NUMBER: _ClassVar[int]
+    UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    stat: _attention_pb2.AttentionKvStats
+    unavailable: str
+    def __init__(self, worker: _Optional[str] = ..., stat: _Optional[_Union[_attention_pb2.AttentionKvStats, _Mapping]] = ..., unavailable: _Optional[str] = ...) -> None: ...
+
+class VerifyKvRequest(_message.Message):
+    __slots__ = ("tier", "repair")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    REPAIR_FIELD_NUMBER: _ClassVar[int]
+    tier: _kvstore_pb2.KvTier
+    repair: bool
+    def __init__(self, tier: _Optional[_Union[_kvstore_pb2.KvTier, str]] = ..., repair: _Optional[bool] = ...) -> None: ...
+
+class VerifyKvResponse(_message.Message):
+    __slots__ = ("stores",)
+    STORES_FIELD_NUMBER: _ClassVar[int]
+    stores: _containers.RepeatedCompositeFieldContainer[VerifiedStore]
+    def __init__(self, stores: _Optional[_Iterable[_Union[VerifiedStore, _Mapping]]] = ...) -> None: ...
+
+class VerifiedStore(_message.Message):
+    __slots__ = ("store", "verified", "unavailable")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_FIELD_NUMBER: _ClassVar[int]
+    UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    verified: _kvstore_pb2.KvVerifyResponse
+    unavailable: str
+    def __init__(self, store: _Optional[str] = ..., verified: _Optional[_Union[_kvstore_pb2.KvVerifyResponse, _Mapping]] = ..., unavailable: _Optional[str] = ...) -> None: ...
+
+class EvictKvRequest(_message.Message):
+    __slots__ = ("tier", "bytes")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    tier: _kvstore_pb2.KvTier
+    bytes: int
+    def __init__(self, tier: _Optional[_Union[_kvstore_pb2.KvTier, str]] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class EvictKvResponse(_message.Message):
+    __slots__ = ("stores",)
+    STORES_FIELD_NUMBER: _ClassVar[int]
+    stores: _containers.RepeatedCompositeFieldContainer[EvictedStore]
+    def __init__(self, stores: _Optional[_Iterable[_Union[EvictedStore, _Mapping]]] = ...) -> None: ...
+
+class EvictedStore(_message.Message):
+    __slots__ = ("store", "evicted", "unavailable")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    evicted: _kvstore_pb2.KvEvictResponse
+    unavailable: str
+    def __init__(self, store: _Optional[str] = ..., evicted: _Optional[_Union[_kvstore_pb2.KvEvictResponse, _Mapping]] = ..., unavailable: _Optional[str] = ...) -> None: ...
+
+class CollectKvRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CollectKvResponse(_message.Message):
+    __slots__ = ("stores",)
+    STORES_FIELD_NUMBER: _ClassVar[int]
+    stores: _containers.RepeatedCompositeFieldContainer[CollectedStore]
+    def __init__(self, stores: _Optional[_Iterable[_Union[CollectedStore, _Mapping]]] = ...) -> None: ...
+
+class CollectedStore(_message.Message):
+    __slots__ = ("store", "collected", "unavailable")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    COLLECTED_FIELD_NUMBER: _ClassVar[int]
+    UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    collected: _kvstore_pb2.KvGcResponse
+    unavailable: str
+    def __init__(self, store: _Optional[str] = ..., collected: _Optional[_Union[_kvstore_pb2.KvGcResponse, _Mapping]] = ..., unavailable: _Optional[str] = ...) -> None: ...

@@ -54,6 +54,26 @@ class ControlStub:
                 request_serializer=protos_dot_control__pb2.AbortRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.GetKvStats = channel.unary_unary(
+                '/model1.v1.Control/GetKvStats',
+                request_serializer=protos_dot_control__pb2.GetKvStatsRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.GetKvStatsResponse.FromString,
+                _registered_method=True)
+        self.VerifyKv = channel.unary_unary(
+                '/model1.v1.Control/VerifyKv',
+                request_serializer=protos_dot_control__pb2.VerifyKvRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.VerifyKvResponse.FromString,
+                _registered_method=True)
+        self.EvictKv = channel.unary_unary(
+                '/model1.v1.Control/EvictKv',
+                request_serializer=protos_dot_control__pb2.EvictKvRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.EvictKvResponse.FromString,
+                _registered_method=True)
+        self.CollectKv = channel.unary_unary(
+                '/model1.v1.Control/CollectKv',
+                request_serializer=protos_dot_control__pb2.CollectKvRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.CollectKvResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -84,6 +104,31 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetKvStats(self, request, context):
+        """These four ask every KV store; one that does not answer says why in its place.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyKv(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EvictKv(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectKv(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -106,6 +151,26 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=protos_dot_control__pb2.AbortRequest.FromString,
                     response_serializer=protos_dot_control__pb2.AbortResponse.SerializeToString,
+            ),
+            'GetKvStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetKvStats,
+                    request_deserializer=protos_dot_control__pb2.GetKvStatsRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.GetKvStatsResponse.SerializeToString,
+            ),
+            'VerifyKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyKv,
+                    request_deserializer=protos_dot_control__pb2.VerifyKvRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.VerifyKvResponse.SerializeToString,
+            ),
+            'EvictKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvictKv,
+                    request_deserializer=protos_dot_control__pb2.EvictKvRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.EvictKvResponse.SerializeToString,
+            ),
+            'CollectKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectKv,
+                    request_deserializer=protos_dot_control__pb2.CollectKvRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.CollectKvResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -216,6 +281,114 @@ class Control:
             '/model1.v1.Control/Abort',
             protos_dot_control__pb2.AbortRequest.SerializeToString,
             protos_dot_control__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetKvStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.Control/GetKvStats',
+            protos_dot_control__pb2.GetKvStatsRequest.SerializeToString,
+            protos_dot_control__pb2.GetKvStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.Control/VerifyKv',
+            protos_dot_control__pb2.VerifyKvRequest.SerializeToString,
+            protos_dot_control__pb2.VerifyKvResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvictKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.Control/EvictKv',
+            protos_dot_control__pb2.EvictKvRequest.SerializeToString,
+            protos_dot_control__pb2.EvictKvResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.Control/CollectKv',
+            protos_dot_control__pb2.CollectKvRequest.SerializeToString,
+            protos_dot_control__pb2.CollectKvResponse.FromString,
             options,
             channel_credentials,
             insecure,

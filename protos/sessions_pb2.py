@@ -22,61 +22,62 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from protos import kvstore_pb2 as protos_dot_kvstore__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/sessions.proto\x12\tmodel1.v1\"5\n\x0bSessionName\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\ncache_salt\x18\x02 \x01(\t\"\xc4\x01\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x12\n\nnum_tokens\x18\x03 \x01(\x04\x12\x1c\n\x14\x63reated_unix_seconds\x18\x04 \x01(\x01\x12\x1e\n\x16last_used_unix_seconds\x18\x05 \x01(\x01\x12!\n\x19pinned_until_unix_seconds\x18\x06 \x01(\x01\x12\x0e\n\x06worker\x18\x07 \x01(\t\x12\x0f\n\x07in_turn\x18\x08 \x01(\x08\"?\n\x13ListSessionsRequest\x12\x12\n\ncache_salt\x18\x01 \x01(\t\x12\x14\n\x0cmax_sessions\x18\x02 \x01(\r\"<\n\x14ListSessionsResponse\x12$\n\x08sessions\x18\x01 \x03(\x0b\x32\x12.model1.v1.Session\"P\n\x12ShowSessionRequest\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\x12\x14\n\x0cwith_history\x18\x02 \x01(\x08\"}\n\x13ShowSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.model1.v1.Session\x12 \n\x02kv\x18\x02 \x01(\x0b\x32\x14.model1.v1.SessionKv\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\"v\n\tSessionKv\x12\x12\n\nram_tokens\x18\x01 \x01(\x04\x12\x13\n\x0b\x64isk_tokens\x18\x02 \x01(\x04\x12\x13\n\x0bpeer_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x63old_tokens\x18\x04 \x01(\x04\x12\x16\n\x0emissing_tokens\x18\x05 \x01(\x04\"J\n\x11PinSessionRequest\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"9\n\x12PinSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.model1.v1.Session\";\n\x13UnpinSessionRequest\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\";\n\x14UnpinSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.model1.v1.Session\">\n\x16PrefetchSessionRequest\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\"A\n\x17PrefetchSessionResponse\x12\x12\n\nram_tokens\x18\x01 \x01(\x04\x12\x12\n\nnum_tokens\x18\x02 \x01(\x04\"=\n\x15ReleaseSessionRequest\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\"(\n\x16ReleaseSessionResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\"<\n\x14\x44\x65leteSessionRequest\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\"\x17\n\x15\x44\x65leteSessionResponse\"R\n\x0eSessionHistory\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0f\n\x07kv_root\x18\x02 \x01(\x0c\x12\x1c\n\x14\x63reated_unix_seconds\x18\x03 \x01(\x01\"P\n\x14\x45xportSessionRequest\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\x12\x12\n\nwithout_kv\x18\x02 \x01(\x08\"]\n\x15\x45xportSessionResponse\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x19.model1.v1.SessionHistoryH\x00\x12\x0e\n\x04\x62lob\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"a\n\rImportSession\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\x12*\n\x07session\x18\x02 \x01(\x0b\x32\x19.model1.v1.SessionHistory\"[\n\x14ImportSessionRequest\x12+\n\x07session\x18\x01 \x01(\x0b\x32\x18.model1.v1.ImportSessionH\x00\x12\x0e\n\x04\x62lob\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"b\n\x15ImportSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.model1.v1.Session\x12\r\n\x05\x62lobs\x18\x02 \x01(\r\x12\x15\n\rrefused_blobs\x18\x03 \x01(\r2\xb6\x05\n\x08Sessions\x12G\n\x04List\x12\x1e.model1.v1.ListSessionsRequest\x1a\x1f.model1.v1.ListSessionsResponse\x12\x45\n\x04Show\x12\x1d.model1.v1.ShowSessionRequest\x1a\x1e.model1.v1.ShowSessionResponse\x12\x42\n\x03Pin\x12\x1c.model1.v1.PinSessionRequest\x1a\x1d.model1.v1.PinSessionResponse\x12H\n\x05Unpin\x12\x1e.model1.v1.UnpinSessionRequest\x1a\x1f.model1.v1.UnpinSessionResponse\x12Q\n\x08Prefetch\x12!.model1.v1.PrefetchSessionRequest\x1a\".model1.v1.PrefetchSessionResponse\x12N\n\x07Release\x12 .model1.v1.ReleaseSessionRequest\x1a!.model1.v1.ReleaseSessionResponse\x12K\n\x06\x44\x65lete\x12\x1f.model1.v1.DeleteSessionRequest\x1a .model1.v1.DeleteSessionResponse\x12M\n\x06\x45xport\x12\x1f.model1.v1.ExportSessionRequest\x1a .model1.v1.ExportSessionResponse0\x01\x12M\n\x06Import\x12\x1f.model1.v1.ImportSessionRequest\x1a .model1.v1.ImportSessionResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/sessions.proto\x12\tmodel1.v1\x1a\x14protos/kvstore.proto\"5\n\x0bSessionName\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\ncache_salt\x18\x02 \x01(\t\"\xc4\x01\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x12\n\nnum_tokens\x18\x03 \x01(\x04\x12\x1c\n\x14\x63reated_unix_seconds\x18\x04 \x01(\x01\x12\x1e\n\x16last_used_unix_seconds\x18\x05 \x01(\x01\x12!\n\x19pinned_until_unix_seconds\x18\x06 \x01(\x01\x12\x0e\n\x06worker\x18\x07 \x01(\t\x12\x0f\n\x07in_turn\x18\x08 \x01(\x08\"?\n\x13ListSessionsRequest\x12\x12\n\ncache_salt\x18\x01 \x01(\t\x12\x14\n\x0cmax_sessions\x18\x02 \x01(\r\"<\n\x14ListSessionsResponse\x12$\n\x08sessions\x18\x01 \x03(\x0b\x32\x12.model1.v1.Session\"P\n\x12ShowSessionRequest\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\x12\x14\n\x0cwith_history\x18\x02 \x01(\x08\"}\n\x13ShowSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.model1.v1.Session\x12 \n\x02kv\x18\x02 \x01(\x0b\x32\x14.model1.v1.SessionKv\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\"v\n\tSessionKv\x12\x12\n\nram_tokens\x18\x01 \x01(\x04\x12\x13\n\x0b\x64isk_tokens\x18\x02 \x01(\x04\x12\x13\n\x0bpeer_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x63old_tokens\x18\x04 \x01(\x04\x12\x16\n\x0emissing_tokens\x18\x05 \x01(\x04\"J\n\x11PinSessionRequest\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"9\n\x12PinSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.model1.v1.Session\";\n\x13UnpinSessionRequest\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\";\n\x14UnpinSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.model1.v1.Session\">\n\x16PrefetchSessionRequest\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\";\n\x17PrefetchSessionResponse\x12 \n\x02kv\x18\x01 \x01(\x0b\x32\x14.model1.v1.SessionKv\"=\n\x15ReleaseSessionRequest\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\"(\n\x16ReleaseSessionResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\"M\n\x14\x44\x65leteSessionRequest\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\x12\x0f\n\x07with_kv\x18\x02 \x01(\x08\"\x17\n\x15\x44\x65leteSessionResponse\"R\n\x0eSessionHistory\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0f\n\x07kv_root\x18\x02 \x01(\x0c\x12\x1c\n\x14\x63reated_unix_seconds\x18\x03 \x01(\x01\"P\n\x14\x45xportSessionRequest\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\x12\x12\n\nwithout_kv\x18\x02 \x01(\x08\"r\n\x15\x45xportSessionResponse\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x19.model1.v1.SessionHistoryH\x00\x12#\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x13.model1.v1.BlobPartH\x00\x42\x06\n\x04part\"a\n\rImportSession\x12$\n\x04name\x18\x01 \x01(\x0b\x32\x16.model1.v1.SessionName\x12*\n\x07history\x18\x02 \x01(\x0b\x32\x19.model1.v1.SessionHistory\"p\n\x14ImportSessionRequest\x12+\n\x07session\x18\x01 \x01(\x0b\x32\x18.model1.v1.ImportSessionH\x00\x12#\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x13.model1.v1.BlobPartH\x00\x42\x06\n\x04part\"g\n\x15ImportSessionResponse\x12#\n\x07session\x18\x01 \x01(\x0b\x32\x12.model1.v1.Session\x12\x12\n\nkept_blobs\x18\x02 \x01(\r\x12\x15\n\rrefused_blobs\x18\x03 \x01(\r2\xb6\x05\n\x08Sessions\x12G\n\x04List\x12\x1e.model1.v1.ListSessionsRequest\x1a\x1f.model1.v1.ListSessionsResponse\x12\x45\n\x04Show\x12\x1d.model1.v1.ShowSessionRequest\x1a\x1e.model1.v1.ShowSessionResponse\x12\x42\n\x03Pin\x12\x1c.model1.v1.PinSessionRequest\x1a\x1d.model1.v1.PinSessionResponse\x12H\n\x05Unpin\x12\x1e.model1.v1.UnpinSessionRequest\x1a\x1f.model1.v1.UnpinSessionResponse\x12Q\n\x08Prefetch\x12!.model1.v1.PrefetchSessionRequest\x1a\".model1.v1.PrefetchSessionResponse\x12N\n\x07Release\x12 .model1.v1.ReleaseSessionRequest\x1a!.model1.v1.ReleaseSessionResponse\x12K\n\x06\x44\x65lete\x12\x1f.model1.v1.DeleteSessionRequest\x1a .model1.v1.DeleteSessionResponse\x12M\n\x06\x45xport\x12\x1f.model1.v1.ExportSessionRequest\x1a .model1.v1.ExportSessionResponse0\x01\x12M\n\x06Import\x12\x1f.model1.v1.ImportSessionRequest\x1a .model1.v1.ImportSessionResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.sessions_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SESSIONNAME']._serialized_start=36
-  _globals['_SESSIONNAME']._serialized_end=89
-  _globals['_SESSION']._serialized_start=92
-  _globals['_SESSION']._serialized_end=288
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=290
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=353
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=355
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=415
-  _globals['_SHOWSESSIONREQUEST']._serialized_start=417
-  _globals['_SHOWSESSIONREQUEST']._serialized_end=497
-  _globals['_SHOWSESSIONRESPONSE']._serialized_start=499
-  _globals['_SHOWSESSIONRESPONSE']._serialized_end=624
-  _globals['_SESSIONKV']._serialized_start=626
-  _globals['_SESSIONKV']._serialized_end=744
-  _globals['_PINSESSIONREQUEST']._serialized_start=746
-  _globals['_PINSESSIONREQUEST']._serialized_end=820
-  _globals['_PINSESSIONRESPONSE']._serialized_start=822
-  _globals['_PINSESSIONRESPONSE']._serialized_end=879
-  _globals['_UNPINSESSIONREQUEST']._serialized_start=881
-  _globals['_UNPINSESSIONREQUEST']._serialized_end=940
-  _globals['_UNPINSESSIONRESPONSE']._serialized_start=942
-  _globals['_UNPINSESSIONRESPONSE']._serialized_end=1001
-  _globals['_PREFETCHSESSIONREQUEST']._serialized_start=1003
-  _globals['_PREFETCHSESSIONREQUEST']._serialized_end=1065
-  _globals['_PREFETCHSESSIONRESPONSE']._serialized_start=1067
-  _globals['_PREFETCHSESSIONRESPONSE']._serialized_end=1132
-  _globals['_RELEASESESSIONREQUEST']._serialized_start=1134
-  _globals['_RELEASESESSIONREQUEST']._serialized_end=1195
-  _globals['_RELEASESESSIONRESPONSE']._serialized_start=1197
-  _globals['_RELEASESESSIONRESPONSE']._serialized_end=1237
-  _globals['_DELETESESSIONREQUEST']._serialized_start=1239
-  _globals['_DELETESESSIONREQUEST']._serialized_end=1299
-  _globals['_DELETESESSIONRESPONSE']._serialized_start=1301
-  _globals['_DELETESESSIONRESPONSE']._serialized_end=1324
-  _globals['_SESSIONHISTORY']._serialized_start=1326
-  _globals['_SESSIONHISTORY']._serialized_end=1408
-  _globals['_EXPORTSESSIONREQUEST']._serialized_start=1410
-  _globals['_EXPORTSESSIONREQUEST']._serialized_end=1490
-  _globals['_EXPORTSESSIONRESPONSE']._serialized_start=1492
-  _globals['_EXPORTSESSIONRESPONSE']._serialized_end=1585
-  _globals['_IMPORTSESSION']._serialized_start=1587
-  _globals['_IMPORTSESSION']._serialized_end=1684
-  _globals['_IMPORTSESSIONREQUEST']._serialized_start=1686
-  _globals['_IMPORTSESSIONREQUEST']._serialized_end=1777
-  _globals['_IMPORTSESSIONRESPONSE']._serialized_start=1779
-  _globals['_IMPORTSESSIONRESPONSE']._serialized_end=1877
-  _globals['_SESSIONS']._serialized_start=1880
-  _globals['_SESSIONS']._serialized_end=2574
+  _globals['_SESSIONNAME']._serialized_start=58
+  _globals['_SESSIONNAME']._serialized_end=111
+  _globals['_SESSION']._serialized_start=114
+  _globals['_SESSION']._serialized_end=310
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=312
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=375
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=377
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=437
+  _globals['_SHOWSESSIONREQUEST']._serialized_start=439
+  _globals['_SHOWSESSIONREQUEST']._serialized_end=519
+  _globals['_SHOWSESSIONRESPONSE']._serialized_start=521
+  _globals['_SHOWSESSIONRESPONSE']._serialized_end=646
+  _globals['_SESSIONKV']._serialized_start=648
+  _globals['_SESSIONKV']._serialized_end=766
+  _globals['_PINSESSIONREQUEST']._serialized_start=768
+  _globals['_PINSESSIONREQUEST']._serialized_end=842
+  _globals['_PINSESSIONRESPONSE']._serialized_start=844
+  _globals['_PINSESSIONRESPONSE']._serialized_end=901
+  _globals['_UNPINSESSIONREQUEST']._serialized_start=903
+  _globals['_UNPINSESSIONREQUEST']._serialized_end=962
+  _globals['_UNPINSESSIONRESPONSE']._serialized_start=964
+  _globals['_UNPINSESSIONRESPONSE']._serialized_end=1023
+  _globals['_PREFETCHSESSIONREQUEST']._serialized_start=1025
+  _globals['_PREFETCHSESSIONREQUEST']._serialized_end=1087
+  _globals['_PREFETCHSESSIONRESPONSE']._serialized_start=1089
+  _globals['_PREFETCHSESSIONRESPONSE']._serialized_end=1148
+  _globals['_RELEASESESSIONREQUEST']._serialized_start=1150
+  _globals['_RELEASESESSIONREQUEST']._serialized_end=1211
+  _globals['_RELEASESESSIONRESPONSE']._serialized_start=1213
+  _globals['_RELEASESESSIONRESPONSE']._serialized_end=1253
+  _globals['_DELETESESSIONREQUEST']._serialized_start=1255
+  _globals['_DELETESESSIONREQUEST']._serialized_end=1332
+  _globals['_DELETESESSIONRESPONSE']._serialized_start=1334
+  _globals['_DELETESESSIONRESPONSE']._serialized_end=1357
+  _globals['_SESSIONHISTORY']._serialized_start=1359
+  _globals['_SESSIONHISTORY']._serialized_end=1441
+  _globals['_EXPORTSESSIONREQUEST']._serialized_start=1443
+  _globals['_EXPORTSESSIONREQUEST']._serialized_end=1523
+  _globals['_EXPORTSESSIONRESPONSE']._serialized_start=1525
+  _globals['_EXPORTSESSIONRESPONSE']._serialized_end=1639
+  _globals['_IMPORTSESSION']._serialized_start=1641
+  _globals['_IMPORTSESSION']._serialized_end=1738
+  _globals['_IMPORTSESSIONREQUEST']._serialized_start=1740
+  _globals['_IMPORTSESSIONREQUEST']._serialized_end=1852
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_start=1854
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_end=1957
+  _globals['_SESSIONS']._serialized_start=1960
+  _globals['_SESSIONS']._serialized_end=2654
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from protos import kvstore_pb2 as _kvstore_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -115,12 +116,10 @@ class PrefetchSessionRequest(_message.Message):
     def __init__(self, name: _Optional[_Union[SessionName, _Mapping]] = ...) -> None: ...
 
 class PrefetchSessionResponse(_message.Message):
-    __slots__ = ("ram_tokens", "num_tokens")
-    RAM_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    ram_tokens: int
-    num_tokens: int
-    def __init__(self, ram_tokens: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+    __slots__ = ("kv",)
+    KV_FIELD_NUMBER: _ClassVar[int]
+    kv: SessionKv
+    def __init__(self, kv: _Optional[_Union[SessionKv, _Mapping]] = ...) -> None: ...
 
 class ReleaseSessionRequest(_message.Message):
     __slots__ = ("name",)
@@ -135,10 +134,12 @@ class ReleaseSessionResponse(_message.Message):
     def __init__(self, blocks: _Optional[int] = ...) -> None: ...
 
 class DeleteSessionRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "with_kv")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    WITH_KV_FIELD_NUMBER: _ClassVar[int]
     name: SessionName
-    def __init__(self, name: _Optional[_Union[SessionName, _Mapping]] = ...) -> None: ...
+    with_kv: bool
+    def __init__(self, name: _Optional[_Union[SessionName, _Mapping]] = ..., with_kv: _Optional[bool] = ...) -> None: ...
 
 class DeleteSessionResponse(_message.Message):
     __slots__ = ()
@@ -163,35 +164,35 @@ class ExportSessionRequest(_message.Message):
     def __init__(self, name: _Optional[_Union[SessionName, _Mapping]] = ..., without_kv: _Optional[bool] = ...) -> None: ...
 
 class ExportSessionResponse(_message.Message):
-    __slots__ = ("session", "blob")
-    SESSION_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("history", "blob")
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
     BLOB_FIELD_NUMBER: _ClassVar[int]
-    session: SessionHistory
-    blob: bytes
-    def __init__(self, session: _Optional[_Union[SessionHistory, _Mapping]] = ..., blob: _Optional[bytes] = ...) -> None: ...
+    history: SessionHistory
+    blob: _kvstore_pb2.BlobPart
+    def __init__(self, history: _Optional[_Union[SessionHistory, _Mapping]] = ..., blob: _Optional[_Union[_kvstore_pb2.BlobPart, _Mapping]] = ...) -> None: ...
 
 class ImportSession(_message.Message):
-    __slots__ = ("name", "session")
+    __slots__ = ("name", "history")
     NAME_FIELD_NUMBER: _ClassVar[int]
-    SESSION_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
     name: SessionName
-    session: SessionHistory
-    def __init__(self, name: _Optional[_Union[SessionName, _Mapping]] = ..., session: _Optional[_Union[SessionHistory, _Mapping]] = ...) -> None: ...
+    history: SessionHistory
+    def __init__(self, name: _Optional[_Union[SessionName, _Mapping]] = ..., history: _Optional[_Union[SessionHistory, _Mapping]] = ...) -> None: ...
 
 class ImportSessionRequest(_message.Message):
     __slots__ = ("session", "blob")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     BLOB_FIELD_NUMBER: _ClassVar[int]
     session: ImportSession
-    blob: bytes
-    def __init__(self, session: _Optional[_Union[ImportSession, _Mapping]] = ..., blob: _Optional[bytes] = ...) -> None: ...
+    blob: _kvstore_pb2.BlobPart
+    def __init__(self, session: _Optional[_Union[ImportSession, _Mapping]] = ..., blob: _Optional[_Union[_kvstore_pb2.BlobPart, _Mapping]] = ...) -> None: ...
 
 class ImportSessionResponse(_message.Message):
-    __slots__ = ("session", "blobs", "refused_blobs")
+    __slots__ = ("session", "kept_blobs", "refused_blobs")
     SESSION_FIELD_NUMBER: _ClassVar[int]
-    BLOBS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_BLOBS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_BLOBS_FIELD_NUMBER: _ClassVar[int]
     session: Session
-    blobs: int
+    kept_blobs: int
     refused_blobs: int
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., blobs: _Optional[int] = ..., refused_blobs: _Optional[int] = ...) -> None: ...
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., kept_blobs: _Optional[int] = ..., refused_blobs: _Optional[int] = ...) -> None: ...

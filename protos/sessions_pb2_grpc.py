@@ -98,7 +98,8 @@ class SessionsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pin(self, request, context):
-        """The session's KV stays where it is until the time is over; turns to come are pinned as well.
+        """The session's KV stays on its node, in memory or on disk, until the time is over; that of turns
+        to come as well.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,21 +126,21 @@ class SessionsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Delete(self, request, context):
-        """Forgets the history. Its KV is shared by whoever has the same prefix, so it is left to age out.
+        """Forgets the history, and what was pinned for it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Export(self, request, context):
-        """The session once, then its KV.
+        """The history once, then its KV: the parts of one blob in order, then those of the next.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Import(self, request_iterator, context):
-        """The session once, then its KV, as Export gave them. ALREADY_EXISTS if there is one of the name.
+        """The history once, then its KV, as Export gave them. ALREADY_EXISTS if there is one of the name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

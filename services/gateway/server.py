@@ -1,6 +1,5 @@
-"""The gRPC edge of a gateway (Inference and Control), and its life from listening to closed."""
+"""The gRPC edge of a gateway's requests, and its life from listening to closed."""
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,13 +10,16 @@ import grpc
 from model1.checkpoint import load_config
 from model1.config import ModelConfig
 from model1.tokenizer import Tokenizer
-from protos import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from protos import inference_pb2, inference_pb2_grpc
 from services import rpc
 from services.errors import ending_with_status
 from services.gateway import wire
 from services.gateway.admission import Admission, ModelLimits
 from services.gateway.answer import Frame
+from services.gateway.control_service import About, ControlService, control_service
 from services.gateway.gateway import Gateway
+from services.gateway.session_admin import SessionAdmin
+from services.gateway.session_service import SessionsService, sessions_service
 from services.gateway.sessions import Sessions
 from services.gateway.stores import StoreSet
 from services.gateway.topology import TopologySource
@@ -74,63 +76,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await self._gateway.generate(asked, context.time_remaining(), emit)
 
 
-class ControlService(control_pb2_grpc.ControlServicer):
-    """model1.v1.Control."""
-
-    def __init__(
-        self,
-        gateway: Gateway,
-        model: ModelConfig,
-        config: GatewayConfig,
-        topology: TopologySource,
-    ) -> None:
-        self._gateway = gateway
-        self._model = model
-        self._config = config
-        self._topology = topology
-        self._start_s = time.monotonic()
-
-    async def GetServerInfo(
-        self, request: control_pb2.GetServerInfoRequest, context: Context
-    ) -> control_pb2.GetServerInfoResponse:
-        return control_pb2.GetServerInfoResponse(
-            version=self._config.version,
-            uptime_seconds=time.monotonic() - self._start_s,
-            active_requests=self._gateway.num_active,
-            max_active_requests=self._gateway.max_active_requests,
-            draining=self._gateway.is_draining,
-        )
-
-    async def GetModelInfo(
-        self, request: control_pb2.GetModelInfoRequest, context: Context
-    ) -> control_pb2.GetModelInfoResponse:
-        limits = self._gateway.admission.limits
-        return control_pb2.GetModelInfoResponse(
-            model_path=str(self._config.model_dir),
-            vocab_size=limits.vocab_size,
-            max_context_length=limits.max_context_length,
-            default_max_tokens=limits.default_max_tokens,
-            bos_token_id=self._model.bos_token_id,
-            eos_token_ids=limits.eos_token_ids,
-            num_hidden_layers=self._model.num_hidden_layers,
-            n_routed_experts=self._model.n_routed_experts,
-        )
-
-    async def GetTopology(
-        self, request: control_pb2.GetTopologyRequest, context: Context
-    ) -> control_pb2.GetTopologyResponse:
-        async with ending_with_status(context):
-            topology = await self._topology()
-        return wire.topology_to_wire(topology)
-
-    async def Abort(
-        self, request: control_pb2.AbortRequest, context: Context
-    ) -> control_pb2.AbortResponse:
-        async with ending_with_status(context, request.request_id):
-            self._gateway.abort(request.request_id)
-        return control_pb2.AbortResponse()
-
-
 class GatewayServer:
     """A listening gateway: owner of its live requests, its worker channels and the server."""
 
@@ -151,17 +96,16 @@ class GatewayServer:
             max_active_requests=config.max_active_requests,
         )
         inference = InferenceService(gateway)
-        control = ControlService(gateway, model, config, topology)
+        about = About(str(config.model_dir), model, config.version)
+        care = SessionAdmin(gateway.sessions, gateway.workers, admission.limits)
         server = await rpc.start_server(
             [
                 rpc.Service(
                     "model1.v1.Inference",
                     partial(inference_pb2_grpc.add_InferenceServicer_to_server, inference),
                 ),
-                rpc.Service(
-                    "model1.v1.Control",
-                    partial(control_pb2_grpc.add_ControlServicer_to_server, control),
-                ),
+                sessions_service(SessionsService(care, admission.tokenizer)),
+                control_service(ControlService(gateway, about, topology)),
             ],
             config.address,
             max_receive_bytes=rpc.MAX_PUBLIC_MESSAGE_BYTES,

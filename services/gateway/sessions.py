@@ -14,6 +14,7 @@ from model1.errors import InvalidRequest
 from services.errors import SessionBusy
 from services.gateway.stores import StoreSet
 from services.generation import MAX_CACHE_SALT_LENGTH, MAX_SESSION_ID_LENGTH
+from services.kv_keys import KeyChain, root_key
 from services.session_record import SessionHead, SessionName, SessionRecord
 
 log = logging.getLogger(__name__)
@@ -59,9 +60,15 @@ class Turn:
             pinned_until_s=before.pinned_until_s if before else 0.0,
             worker=worker,
         )
-        saving = self._stores.save(SessionRecord(head, token_ids), head.version - 1)
-        self._saving = asyncio.create_task(saving)
+        self._saving = asyncio.create_task(self._save(SessionRecord(head, token_ids)))
         await asyncio.shield(self._saving)
+
+    async def _save(self, record: SessionRecord) -> None:
+        head = record.head
+        await self._stores.save(record, head.version - 1)
+        if head.pinned_until_s > head.last_used_s:
+            # Its new blocks too; and stores that were restarted have forgotten the old ones.
+            await self._stores.pin(blob_keys(record), head.pinned_until_s)
 
     async def settle(self) -> None:
         """Wait for a record that is being written."""
@@ -105,6 +112,21 @@ class Sessions:
 
     def is_in_use(self, name: SessionName) -> bool:
         return name in self._in_use
+
+
+def key_chain(record: SessionRecord) -> KeyChain:
+    """What the blobs of the session are called; empty if no worker has told yet how they begin."""
+    chain = KeyChain(record.head.kv_root or root_key(b"", b""))
+    if record.head.kv_root:
+        chain.extend(record.token_ids)
+    return chain
+
+
+def blob_keys(record: SessionRecord) -> list[bytes]:
+    """Of every block, and of whatever is needed to resume at any boundary."""
+    chain = key_chain(record)
+    boundaries = range(1, len(chain.body_keys) + 1)
+    return [*chain.body_keys, *(chain.tail_key(boundary) for boundary in boundaries)]
 
 
 def check_name(name: SessionName) -> None:

@@ -1,4 +1,4 @@
-"""The KV stores a gateway can use: their channels, and where the records of sessions are.
+"""The KV stores a gateway can use, and which of them have the records of sessions.
 
 Every store is asked for a record and the highest version wins; a write goes to the stores of the
 session's own order, the first of which decides who was first. Knows no turn and no worker.
@@ -6,80 +6,20 @@ session's own order, the first of which decides who was first. Knows no turn and
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from hashlib import blake2b
 from typing import TypeVar
 
-import grpc
-
-from protos import session_store_pb2, session_store_pb2_grpc
-from services import rpc
-from services.errors import SessionChanged, SessionsOff, Unavailable, from_rpc_error
-from services.session_record import (
-    SessionHead,
-    SessionName,
-    SessionRecord,
-    head_from_wire,
-    record_from_wire,
-    record_to_wire,
-)
+from services.errors import SessionChanged, SessionsOff, Unavailable
+from services.gateway.store import Store, StoreAddress
+from services.session_record import SessionHead, SessionName, SessionRecord
 
 log = logging.getLogger(__name__)
 
-CALL_TIMEOUT_SECONDS = 5.0
 # Of each record, so that one store may be lost.
 NUM_COPIES = 2
 
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True, slots=True)
-class StoreAddress:
-    """A row of the table. A store that was restarted elsewhere is another row."""
-
-    name: str
-    address: str
-
-
-class Store:
-    """A channel to one KV store. Every call raises `Unavailable` when it does not answer."""
-
-    def __init__(self, row: StoreAddress) -> None:
-        self.row = row
-        self._channel = rpc.channel(row.address)
-        self._records = session_store_pb2_grpc.SessionStoreStub(self._channel)
-
-    async def get(self, name: SessionName, *, ask_cold: bool) -> SessionRecord | None:
-        request = session_store_pb2.GetSessionRecordRequest(
-            session_id=name.session_id, cache_salt=name.cache_salt, ask_cold=ask_cold
-        )
-        answer = await self._answer(self._records.Get(request, timeout=CALL_TIMEOUT_SECONDS))
-        return record_from_wire(answer.record) if answer.HasField("record") else None
-
-    async def put(self, record: SessionRecord, expected_version: int) -> int | None:
-        """None, or the version above `expected_version` that was there already."""
-        request = session_store_pb2.PutSessionRecordRequest(
-            record=record_to_wire(record), expected_version=expected_version
-        )
-        answer = await self._answer(self._records.Put(request, timeout=CALL_TIMEOUT_SECONDS))
-        return None if answer.accepted else int(answer.version)
-
-    async def heads(self, cache_salt: str, max_heads: int) -> list[SessionHead]:
-        request = session_store_pb2.ListSessionRecordsRequest(
-            cache_salt=cache_salt, max_records=max_heads
-        )
-        answer = await self._answer(self._records.List(request, timeout=CALL_TIMEOUT_SECONDS))
-        return [head_from_wire(record) for record in answer.records]
-
-    async def close(self) -> None:
-        await self._channel.close(grace=None)
-
-    async def _answer(self, call: Awaitable[Answer]) -> Answer:
-        try:
-            return await call
-        except grpc.aio.AioRpcError as error:
-            raise Unavailable(f"KV store {self.row.name}: {from_rpc_error(error)}") from error
 
 
 class StoreSet:
@@ -148,12 +88,33 @@ class StoreSet:
         there = [head for head in newest.values() if not head.is_deleted]
         return sorted(there, key=lambda head: -head.last_used_s)[:max_heads]
 
+    @property
+    def all(self) -> tuple[Store, ...]:
+        return tuple(self._stores.values())
+
+    def nearest(self, store_name: str, name: SessionName) -> Store:
+        """The store of that name, or the first in the session's own order."""
+        stores = self._in_order_of(name)
+        if not stores:
+            raise SessionsOff("the deployment has no KV store, and so no sessions")
+        return next((store for store in stores if store.row.name == store_name), stores[0])
+
+    async def pin(self, keys: Sequence[bytes], until_s: float) -> None:
+        """On every node. A store that does not answer is passed over: it has lost its pins."""
+        await self._tell_all(lambda store: store.pin(keys, until_s))
+
+    async def unpin(self, keys: Sequence[bytes]) -> None:
+        await self._tell_all(lambda store: store.unpin(keys))
+
     def _in_order_of(self, name: SessionName) -> list[Store]:
         def rank(store: Store) -> bytes:
             text = "\0".join((*name, store.row.name))
             return blake2b(text.encode(), digest_size=16).digest()
 
         return sorted(self._stores.values(), key=rank)
+
+    async def _tell_all(self, tell: Callable[[Store], Awaitable[None]]) -> None:
+        await asyncio.gather(*(_told(store, tell) for store in self._stores.values()))
 
     async def _ask_all(self, ask: Callable[[Store], Awaitable[Answer]]) -> tuple[list[Answer], int]:
         """(the answers, how many stores gave none)"""
@@ -171,3 +132,10 @@ class StoreSet:
             else:
                 given.append(answer)
         return given, len(answers) - len(given)
+
+
+async def _told(store: Store, tell: Callable[[Store], Awaitable[None]]) -> None:
+    try:
+        await tell(store)
+    except Unavailable as error:
+        log.warning("store_away why=%s", error)

@@ -30,6 +30,8 @@ from services.generation import (
 log = logging.getLogger(__name__)
 
 RELEASE_TIMEOUT_SECONDS = 10.0
+# A worker answers between two steps.
+STATS_TIMEOUT_SECONDS = 5.0
 # A worker that refuses at once has the fewest requests under way: every next one would go to it.
 AVOIDED_SECONDS = 5.0
 
@@ -109,6 +111,17 @@ class Worker:
             ) from error
         return int(answer.blocks)
 
+    async def kv_stats(self) -> attention_pb2.AttentionKvStats:
+        request = attention_pb2.AttentionStatsRequest()
+        try:
+            answer = await self._stub.Stats(request, timeout=STATS_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise WorkerUnavailable(
+                f"attention worker {self.row.name}: {from_rpc_error(error)}"
+            ) from error
+        stats: attention_pb2.AttentionKvStats = answer.kv
+        return stats
+
     async def close(self) -> None:
         await self._channel.close(grace=None)
 
@@ -119,6 +132,10 @@ class WorkerPool:
     def __init__(self) -> None:
         self._workers: dict[WorkerAddress, Worker] = {}
         self._known: KnownPrefixes[WorkerAddress] = KnownPrefixes()
+
+    @property
+    def all(self) -> tuple[Worker, ...]:
+        return tuple(self._workers.values())
 
     @property
     def table(self) -> tuple[WorkerAddress, ...]:
@@ -148,6 +165,11 @@ class WorkerPool:
             worker.num_active -= 1
             if worker.is_retired and not worker.num_active:
                 await worker.close()
+
+    def store_of(self, worker_name: str) -> str:
+        """Name of the KV store of that worker's node; empty if it is not known."""
+        stores = (row.store for row in self._workers if row.name == worker_name)
+        return next(stores, "")
 
     def learn(self, worker: Worker, cache_salt: str, token_ids: Sequence[int]) -> None:
         """The worker has the KV of these tokens now."""

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from services import rpc
-from services.gateway.stores import StoreAddress
+from services.gateway.store import StoreAddress
 from services.kvstore.session_service import ColdRecords, SessionStoreService, session_service
 from services.kvstore.sessions import SessionTable
 

@@ -19,6 +19,7 @@ from services.attention.local import LocalExperts
 from services.attention.scheduler import SchedulerLimits
 from services.attention.server import AttentionWorker, AttentionWorkerConfig
 from services.gateway.server import GatewayConfig, GatewayServer
+from services.gateway.store import StoreAddress
 from services.gateway.topology import Member, Topology
 from services.gateway.workers import WorkerAddress
 from tests.services import tiny_model
@@ -41,10 +42,12 @@ async def topology() -> Topology:
     return Topology(3, (MEMBER,))
 
 
-async def open_worker(name: str, pool: KVPool) -> AttentionWorker:
+async def open_worker(name: str, pool: KVPool, store_address: str) -> AttentionWorker:
     model = tiny_model.model()
     limits = SchedulerLimits(max_batch_tokens=32, max_sequences=4, max_waiting=8)
-    config = AttentionWorkerConfig(name=name, engine=EngineConfig(limits=limits))
+    config = AttentionWorkerConfig(
+        name=name, engine=EngineConfig(limits=limits), kv_store_address=store_address
+    )
     return await AttentionWorker.open(model.trunk, pool, LocalExperts(model.experts), config)
 
 
@@ -71,10 +74,16 @@ class Deployment:
 
 
 @asynccontextmanager
-async def deployed(folder: Path) -> AsyncIterator[Deployment]:
+async def deployed(folder: Path, store: StoreAddress | None = None) -> AsyncIterator[Deployment]:
+    """`store` is the KV store of both workers' node."""
+    store_name, store_address = (store.name, store.address) if store else ("", "")
     model_dir = tiny_model.write_model_dir(folder)
     pools = (tiny_model.pool(), tiny_model.pool())
-    workers = [await open_worker(f"attention-{i}", pool) for i, pool in enumerate(pools)]
+    names = ["attention-0", "attention-1"]
+    workers = [
+        await open_worker(name, pool, store_address)
+        for name, pool in zip(names, pools, strict=True)
+    ]
     config = GatewayConfig(
         model_dir=model_dir,
         version="1.2.3",
@@ -84,8 +93,13 @@ async def deployed(folder: Path) -> AsyncIterator[Deployment]:
     )
     gateway = await GatewayServer.open(config, topology)
     await gateway.gateway.workers.update(
-        [WorkerAddress(f"attention-{i}", worker.address) for i, worker in enumerate(workers)]
+        [
+            WorkerAddress(name, worker.address, store_name)
+            for name, worker in zip(names, workers, strict=True)
+        ]
     )
+    if store is not None:
+        await gateway.gateway.sessions.stores.update([store])
     async with rpc.channel(gateway.address) as channel:
         yield Deployment(
             gateway,

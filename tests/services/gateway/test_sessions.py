@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from protos import control_pb2, inference_pb2
-from services.gateway.stores import StoreAddress
+from services.gateway.store import StoreAddress
 from tests.services import tiny_model
 from tests.services.gateway.deployed import Deployment, deployed, failure, frame, request
 from tests.services.session_store import session_store

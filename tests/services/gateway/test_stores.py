@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from services.errors import SessionChanged, SessionsOff, Unavailable
-from services.gateway.stores import StoreAddress, StoreSet
+from services.gateway.store import StoreAddress
+from services.gateway.stores import StoreSet
 from services.session_record import SessionHead, SessionName, SessionRecord
 from tests.services.session_store import session_store
 
