@@ -1,6 +1,7 @@
-"""The FP8 KV record: one row of keys and values in little more than half of its bfloat16 bytes.
+"""FP8 records: rows of KV state in little more than half of their bfloat16 bytes. Spec section 4.
 
-Spec section 4.1, for any head size. A row of d dims, the last r of them rotary, becomes
+`Fp8Record` is a row of keys and values (section 4.1), for any head size. A row of d dims, the last
+r of them rotary, becomes
 
     [0, n)                 d - r = n codes e4m3, one a dim
     [n, n + 2r)            the rotary dims in bfloat16, little-endian
@@ -9,6 +10,9 @@ Spec section 4.1, for any head size. A row of d dims, the last r of them rotary,
 
 which is 584 bytes for d = 512, r = 64: the record of the releases. A tile of 64 dims shares a
 scale; where n is no multiple of 64 the last tile is shorter, and where n = 0 there is none.
+
+`Fp8IndexKey` is an index key of d dims (section 4.4): d codes e4m3, then their one scale, a power
+of two in float32; 132 bytes for d = 128.
 
 A record is whole: its scales stand behind its dims, not behind its page's as in the planar pages
 that FlashMLA reads (trap T15). So one gather of rows fetches all, and rows can be moved one by
@@ -19,6 +23,7 @@ bytes is a row of zeros. All work is elementwise, so a row's bits do not depend 
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +36,24 @@ _MIN_SCALE_BYTE = 105  # 2^-22 = 2^ceil(log2(1e-4 / 448)): a smaller tile is sca
 # overflow, as do infinities and NaN.
 _MAX_SCALE_BYTE = 246
 _NAN_SCALE_BYTE = 255
+
+
+class RowRecord(Protocol):
+    """A fixed-size encoding of rows."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """`rows [..., dims]`, float32 or bfloat16 -> records `[..., num_bytes]` uint8.
+
+        Rows are rounded to bfloat16 first. A tile that is not finite is read back as not finite.
+        """
+        ...
+
+    def decode(self, records: Tensor, dtype: torch.dtype) -> Tensor:
+        """Records `[..., num_bytes]` -> rows `[..., dims]` of `dtype`, float32 or bfloat16."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +80,6 @@ class Fp8Record:
         return -(-(self.scales_start + self.num_tiles) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
     def encode(self, rows: Tensor) -> Tensor:
-        """`rows [..., head_dim]`, float32 or bfloat16 -> records `[..., num_bytes]` uint8.
-
-        Rows are rounded to bfloat16 first. A tile that is not finite reads as NaN.
-        """
         n, last = self.code_dims, self.scales_start
         rows = rows.to(torch.bfloat16)
         rotary = rows[..., n:].contiguous().view(torch.uint8)
@@ -72,7 +91,6 @@ class Fp8Record:
         return torch.cat([codes.flatten(-2)[..., :n], rotary, scales], dim=-1)
 
     def decode(self, records: Tensor, dtype: torch.dtype) -> Tensor:
-        """Records `[..., num_bytes]` -> rows `[..., head_dim]` of `dtype`, float32 or bfloat16."""
         n, last = self.code_dims, self.scales_start
         rows = torch.empty(*records.shape[:-1], self.head_dim, dtype=dtype, device=records.device)
         rows[..., n:] = records[..., n:last].view(torch.bfloat16)
@@ -89,8 +107,30 @@ class Fp8Record:
         return rows
 
 
+@dataclass(frozen=True, slots=True)
+class Fp8IndexKey:
+    """The record of index keys of `dims` dims."""
+
+    dims: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.dims + 4
+
+    def encode(self, rows: Tensor) -> Tensor:
+        codes, byte = _quantise(rows.to(torch.bfloat16).unsqueeze(-2))
+        scale = (byte.squeeze(-1).int() << 23).unsqueeze(-1).view(torch.uint8)
+        return torch.cat([codes.squeeze(-2), scale], dim=-1)
+
+    def decode(self, records: Tensor, dtype: torch.dtype) -> Tensor:
+        # A copy: a scale may stand where no float32 can be read from.
+        scale = records[..., self.dims :].clone(memory_format=torch.contiguous_format)
+        values = _code_values(records[..., : self.dims])
+        return values.mul_(scale.view(torch.float32).mul_(256.0)).to(dtype)
+
+
 def _quantise(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """`[..., s, 64]` bfloat16 -> codes `[..., s, 64]` and scale bytes `[..., s]`, both uint8."""
+    """`[..., s, w]` bfloat16 -> codes `[..., s, w]` and scale bytes `[..., s]`, both uint8."""
     # The bits of non-negative bfloat16 numbers have the numbers' order; NaN is above infinity.
     peak = tiles.view(torch.int16).bitwise_and(0x7FFF).amax(dim=-1)
     # ceil(log2(peak / 448)) + 127, exact, unlike a logarithm. As 448 = 1.75 * 2^8 it is the biased

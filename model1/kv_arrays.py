@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model1.config import AttentionKind
-from model1.fp8 import Fp8Record
+from model1.fp8 import RowRecord
 from model1.kv_layout import ArraySpec
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -113,7 +113,7 @@ class Rows:
 class RecordRows:
     """`KVRows` that are kept as FP8 records. What is gathered is decoded, and nothing else."""
 
-    def __init__(self, records: KVRows, record: Fp8Record, dtype: torch.dtype) -> None:
+    def __init__(self, records: KVRows, record: RowRecord, dtype: torch.dtype) -> None:
         self.records = records
         self.per_unit = records.per_unit
         self.unit_stride = records.unit_stride
@@ -146,7 +146,7 @@ class LayerKV:
         self.window = rows_of("window")
         if kind is AttentionKind.CSA:
             self.entries = rows_of("csa_entries")
-            self.index_keys = arrays["index_keys"].rows_of(layer)
+            self.index_keys = rows_of("index_keys")
             self.state = arrays["csa_state"].rows_of(layer)
         elif kind is AttentionKind.HCA:
             self.entries = rows_of("hca_entries")

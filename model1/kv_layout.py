@@ -10,25 +10,26 @@ import platform
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from model1.config import AttentionKind, ModelConfig
-from model1.fp8 import Fp8Record
+from model1.fp8 import Fp8IndexKey, Fp8Record, RowRecord
 
 NUMERICS_VERSION = 2
 """Raised by every change after which the same tokens leave other bits in the KV state."""
 
 
 class KVFormat(StrEnum):
-    """How rows of keys and values are kept: window rows and compressed entries.
+    """How window rows, compressed entries and index keys are kept.
 
-    Index keys stay in the model's dtype: rounding them changes which entries are chosen at all.
-    So do compressor states.
+        d, di, hidden = self.head_dim, self.index_dim, self.hidden_size
+        row, key = _Row(d, self.dtype), _Row(di, self.dtype)
     """
 
     NATIVE = "native"  # in the model's dtype
-    FP8 = "fp8"  # as records of `model1.fp8`; attention reads them back in the model's dtype
+    FP8 = "fp8"  # as records of `model1.fp8`, read back in the model's dtype
 
 
 class Unit(StrEnum):
@@ -52,7 +53,7 @@ class ArraySpec:
     rows: int
     width: int
     dtype: torch.dtype
-    record: Fp8Record | None = None
+    record: RowRecord | None = None
 
     @property
     def row_nbytes(self) -> int:
@@ -67,6 +68,16 @@ class ArraySpec:
     def unit_nbytes(self) -> int:
         """Bytes of one unit, all layers."""
         return self.unit_rows * self.row_nbytes
+
+
+class _Row(NamedTuple):
+    width: int
+    dtype: torch.dtype
+    record: RowRecord | None = None
+
+    @classmethod
+    def of(cls, record: RowRecord) -> "_Row":
+        return cls(record.num_bytes, torch.uint8, record)
 
 
 @dataclass(frozen=True)
@@ -121,14 +132,13 @@ class KVLayout:
         csa = tuple(i for i in every if self.kinds[i] is AttentionKind.CSA)
         hca = tuple(i for i in every if self.kinds[i] is AttentionKind.HCA)
         d, di, hidden = self.head_dim, self.index_dim, self.hidden_size
-        row: tuple[int, torch.dtype, Fp8Record | None] = (d, self.dtype, None)
+        row, key = _Row(d, self.dtype), _Row(di, self.dtype)
         if self.kv_format is KVFormat.FP8:
-            record = Fp8Record(d, self.rope_dim)
-            row = (record.num_bytes, torch.uint8, record)
+            row, key = _Row.of(Fp8Record(d, self.rope_dim)), _Row.of(Fp8IndexKey(di))
         specs = (
             ArraySpec("window", Unit.PAGE, every, self.page_tokens, *row),
             ArraySpec("csa_entries", Unit.BLOCK, csa, self.csa_per_block, *row),
-            ArraySpec("index_keys", Unit.BLOCK, csa, self.csa_per_block, di, self.dtype),
+            ArraySpec("index_keys", Unit.BLOCK, csa, self.csa_per_block, *key),
             ArraySpec("hca_entries", Unit.BLOCK, hca, 1, *row),
             ArraySpec("csa_state", Unit.SLOT, csa, self.csa_state_rows, hidden, self.dtype),
             ArraySpec("hca_state", Unit.SLOT, hca, self.hca_state_rows, hidden, self.dtype),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model1.fp8 import Fp8Record
+from model1.fp8 import Fp8IndexKey, Fp8Record
 
 # (head_dim, rope_dim): released, shipped, and mini sizes; a short tile behind whole ones; one
 # dim of code; no rotary dims' codes at all.
@@ -53,6 +53,12 @@ def e4m3_value(code: int) -> float:
     return math.copysign(E4M3[code & 0x7F], -1 if code & 0x80 else 1)
 
 
+def exponent_of(tile: Sequence[float]) -> int:
+    """The least e with 448 * 2^e >= the largest magnitude, which counts as 1e-4 at least."""
+    fraction, exponent = math.frexp(max(max(map(abs, tile)), 1e-4))
+    return exponent - (9 if fraction <= 0.875 else 8)  # 448 = 0.875 * 2^9
+
+
 def pack_page(rows: Sequence[Sequence[float]], rope_dim: int) -> tuple[bytes, bytes]:
     """Section 4.1's planar page: all entries' codes and rotary dims, then all entries' scales."""
     data, scales = b"", b""
@@ -61,9 +67,7 @@ def pack_page(rows: Sequence[Sequence[float]], rope_dim: int) -> tuple[bytes, by
         row_scales = []
         for start in range(0, len(coded), 64):
             tile = coded[start : start + 64]
-            peak = max(max(map(abs, tile)), 1e-4)
-            fraction, exponent = math.frexp(peak)  # peak = fraction * 2^exponent, 0.5 <= fraction
-            exponent -= 9 if fraction <= 0.875 else 8  # 448 = 0.875 * 2^9
+            exponent = exponent_of(tile)
             row_scales.append(exponent + 127)
             data += bytes(e4m3_code(math.ldexp(value, -exponent)) for value in tile)
         data += b"".join(struct.pack("<f", value)[2:] for value in roped)  # bfloat16: upper half
@@ -245,3 +249,51 @@ def test_the_error_on_normal_numbers_is_that_of_e4m3() -> None:
     decoded = record.decode(record.encode(rows), torch.float32)
     error, signal = (decoded - rows.float())[:, :448], rows.float()[:, :448]
     assert 0.025 < error.norm() / signal.norm() < 0.028
+
+
+INDEX_DIMS = (1, 16, 31, 128, 130)
+
+
+@each_device
+@pytest.mark.parametrize("dims", INDEX_DIMS)
+def test_index_keys_have_one_float32_scale_behind_their_codes(dims: int, device: str) -> None:
+    """Section 4.4's planar page in another order, read back in both dtypes."""
+    rows, record = draw_rows(37, dims), Fp8IndexKey(dims)
+    assert record.num_bytes == dims + 4
+    packed = record.encode(rows.to(device))
+    for row, key in zip(rows.tolist(), packed.cpu(), strict=True):
+        exponent = exponent_of(row)
+        codes = [e4m3_code(math.ldexp(value, -exponent)) for value in row]
+        assert key.numpy().tobytes() == bytes(codes) + struct.pack("<f", 2.0**exponent)
+    told = [
+        [math.ldexp(e4m3_value(code), exponent_of(row)) for code in key[:dims]]
+        for row, key in zip(rows.tolist(), packed.tolist(), strict=True)
+    ]
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_same_bits(record.decode(packed, dtype).cpu(), torch.tensor(told, dtype=dtype))
+
+
+def test_an_index_key_that_is_not_finite_is_not_read_as_a_number() -> None:
+    record, rows = Fp8IndexKey(16), draw_rows(3, 16)
+    for bad in (math.nan, math.inf, -math.inf):
+        rows[1, 5] = bad
+        decoded = record.decode(record.encode(rows), torch.float32)
+        assert not decoded[1].isfinite().any()
+        assert decoded[[0, 2]].isfinite().all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    dims=st.integers(1, 200),
+    shape=st.lists(st.integers(0, 4), max_size=3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_index_keys_of_any_shape(dims: int, shape: list[int], seed: int) -> None:
+    record, rows = Fp8IndexKey(dims), draw_rows(math.prod(shape), dims, seed).view(*shape, dims)
+    packed = record.encode(rows)
+    assert packed.shape == (*shape, dims + 4)
+    decoded = record.decode(packed, torch.bfloat16)
+    assert_same_bits(record.encode(rows.float()), packed)
+    assert_same_bits(decoded.float(), record.decode(packed, torch.float32))
+    assert_same_bits(record.decode(record.encode(decoded), torch.bfloat16), decoded)
+    assert not record.decode(torch.zeros_like(packed), torch.float32).any()

@@ -10,6 +10,7 @@ from torch import Tensor
 from model1.batch import Batch, Chunk
 from model1.config import AttentionKind, ModelConfig
 from model1.indexer import IndexQueries
+from model1.kv_arrays import Rows
 from model1.kv_pool import KVPool, PoolCapacity
 from model1.modules import IndexerWeights
 from model1.rope import Rope, Rotation
@@ -32,7 +33,9 @@ class Layer:
         self.draw = torch.Generator().manual_seed(seed)
         capacity = PoolCapacity(len(lengths), 4096 * len(lengths), 4096)
         self.pool = KVPool(config, capacity)
-        self.keys = self.pool.layers[0].index_keys
+        keys = self.pool.layers[0].index_keys
+        assert isinstance(keys, Rows)
+        self.keys = keys
         self.keys.units.normal_(generator=self.draw)
         self.keys.units[0] = 0.0
         self.weights = IndexerWeights(config, torch.float32, torch.device("cpu"))

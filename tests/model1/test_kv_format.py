@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model1.batch import Chunk
 from model1.config import AttentionKind, ModelConfig
-from model1.fp8 import Fp8Record
+from model1.fp8 import Fp8IndexKey, Fp8Record, RowRecord
 from model1.kv_arrays import KVRows
 from model1.kv_layout import KVFormat
 from model1.kv_pool import KVHandle, KVPool, PoolCapacity
@@ -35,7 +35,7 @@ CONFIGS = {
         hash_routed=(True, False, False, False),
         head_dim=head_dim,
         qk_rope_head_dim=rope_dim,
-        index_head_dim=rope_dim,
+        index_head_dim=rope_dim + 12,
         eos_token_ids=(),
     )
     # One tile that is short, a short one behind a whole one, the released size.
@@ -62,7 +62,7 @@ each_dtype = pytest.mark.parametrize(
 class RoundedRows:
     """`KVRows` in the model's dtype that hold what an FP8 record of each row would say."""
 
-    def __init__(self, rows: KVRows, record: Fp8Record) -> None:
+    def __init__(self, rows: KVRows, record: RowRecord) -> None:
         self._rows, self._record = rows, record
         self.per_unit, self.unit_stride, self.dtype = rows.per_unit, rows.unit_stride, rows.dtype
         self.gather, self.gather_units = rows.gather, rows.gather_units
@@ -89,6 +89,8 @@ def simulating_pool(model: Model) -> KVPool:
         layer.window = RoundedRows(layer.window, record)
         if kind is not SWA:
             layer.entries = RoundedRows(layer.entries, record)
+        if kind is CSA:
+            layer.index_keys = RoundedRows(layer.index_keys, Fp8IndexKey(config.index_head_dim))
     return pool
 
 
@@ -185,7 +187,7 @@ def test_records_take_their_bytes_and_no_more(config: ModelConfig, dtype: torch.
     """A body: CSA entries and their index keys, HCA entries. A tail: window and CSA state."""
     pool = pool_of(model_of(config, dtype), KVFormat.FP8)
     row = Fp8Record(config.head_dim, config.qk_rope_head_dim).num_bytes
-    index_key = config.index_head_dim * dtype.itemsize
+    index_key = config.index_head_dim + 4
     assert pool.body_nbytes == 2 * 32 * (row + index_key) + row
     state = 2 * 4 * config.hidden_size * dtype.itemsize
     assert pool.tail_nbytes == 4 * (config.sliding_window - 1) * row + state
