@@ -24,8 +24,8 @@ NUMERICS_VERSION = 2
 class KVFormat(StrEnum):
     """How window rows, compressed entries and index keys are kept.
 
-        d, di, hidden = self.head_dim, self.index_dim, self.hidden_size
-        row, key = _Row(d, self.dtype), _Row(di, self.dtype)
+    d, di, hidden = self.head_dim, self.index_dim, self.hidden_size
+    row, key = _Row(d, self.dtype), _Row(di, self.dtype)
     """
 
     NATIVE = "native"  # in the model's dtype
