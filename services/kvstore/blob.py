@@ -24,6 +24,7 @@ counts it and treats it as a miss. Knows no tier, and not what a payload means.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
@@ -66,6 +67,14 @@ class Damaged(Exception):
     def __init__(self, reason: DamageReason) -> None:
         super().__init__(f"damaged blob: {reason}")
         self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What reading every blob of a tier found."""
+
+    num_blobs: int
+    damaged: Counter[DamageReason]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from services.kvstore.blob import BlobHeader, Damaged, DamageReason, check_blob
+from services.kvstore.blob import BlobHeader, Damaged, DamageReason, VerifyReport, check_blob
 from services.kvstore.segment import record_nbytes
 from services.kvstore.segment_index import Entry
 from services.kvstore.segment_log import DiskInUse, SegmentLog
@@ -66,14 +66,6 @@ class DiskCounts:
     kept_blobs: int = 0  # moved to the newest segment when theirs was dropped
     refused_blobs: int = 0  # put while degraded, or too large
     failures: Counter[str] = field(default_factory=Counter)  # "write ENOSPC" -> times
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
-    """What reading every blob of a tier found."""
-
-    num_blobs: int
-    damaged: Counter[DamageReason]
 
 
 @dataclass(frozen=True, slots=True)

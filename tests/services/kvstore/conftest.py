@@ -1,9 +1,9 @@
-"""Stores of this process and their clients; every store is checked when its test ends."""
+"""Stores of this process and their clients, each checked when its test ends; a real Valkey."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,9 @@ import pytest
 from services.kvstore.client import KvClient
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.disk import DiskConfig
+from services.kvstore.redis_link import RedisConfig, RedisLink
 from services.kvstore.server import KvStoreServer
+from services.kvstore.valkey import EmbeddedValkey
 from tests.services.kvstore.blobs import client_config, eventually
 
 
@@ -73,3 +75,28 @@ async def connect() -> AsyncIterator[Connect]:
         assert client.num_leases == 0
         await idle(server)
         await client.close()
+
+
+@pytest.fixture(scope="session")
+def shared_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    server = EmbeddedValkey(tmp_path_factory.mktemp("valkey"), max_bytes=64 << 20)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def valkey(shared_valkey: EmbeddedValkey) -> EmbeddedValkey:
+    """A real server with nothing in it."""
+    config = RedisConfig(shared_valkey.url, shared_valkey.password, timeout_seconds=10.0)
+    link = RedisLink(config)
+    link.call("FLUSHALL", writes=True)
+    link.close()
+    return shared_valkey
+
+
+@pytest.fixture
+def own_valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
+    """A real server that the test may ill-treat."""
+    server = EmbeddedValkey(tmp_path / "valkey", max_bytes=64 << 20)
+    yield server
+    server.stop()
