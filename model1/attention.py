@@ -66,8 +66,9 @@ def attention(
     q_latent, row = linear(x, weights.latents).split([config.q_lora_rank, config.head_dim], dim=-1)
     q_latent = rms_norm(q_latent, weights.q_norm.weight, eps)
     q = linear(q_latent, weights.wq_b.weight).unflatten(-1, (-1, config.head_dim))  # [T, H, d]
-    q = rotate_(rms_norm(q, None, eps), by)
-    row = rotate_(rms_norm(row, weights.kv_norm.weight, eps), by)
+    heads = torch.cat([q, row.unsqueeze(1)], dim=1)  # the one K=V head is treated like the queries
+    heads = rotate_(rms_norm(heads, weights.head_norms, eps), by)
+    q, row = heads[:, :-1], heads[:, -1]
     kv.window.write(batch.window_rows, row)
 
     index: IndexQueries | None = None
@@ -108,11 +109,11 @@ def _attend(q: Tensor, tiles: list[_KeyTile], sink: Tensor) -> Tensor:
     exact zeros.
     """
     g, r, heads, d = q.shape
-    q = q.float()
+    q = q.float() * d**-0.5
     scores = []
     for tile in tiles:
         dots = bmm(q.view(len(tile.keys), -1, d), tile.keys.float().mT)
-        scores.append(dots.view(g, r, heads, -1).mul_(d**-0.5).add_(tile.bias.unsqueeze(2)))
+        scores.append(dots.view(g, r, heads, -1).add_(tile.bias.unsqueeze(2)))
     peak = scores[0].amax(dim=-1, keepdim=True)  # a query always sees itself: finite
     for s in scores[1:]:
         peak = torch.maximum(peak, s.amax(dim=-1, keepdim=True))

@@ -109,7 +109,8 @@ class IndexerWeights(nn.Module):
 class AttentionWeights(nn.Module):
     """One layer's attention; `compressor` and `indexer` exist only where the kind has them.
 
-    `latents [q_lora + d, D]` is wq_a over wkv; `wo_a_of_group` are the blocks of wo_a.
+    `latents [q_lora + d, D]` is wq_a over wkv; `head_norms [H + 1, d]` is ones, for the queries,
+    over kv_norm; `wo_a_of_group` are the blocks of wo_a.
     """
 
     def __init__(
@@ -128,7 +129,8 @@ class AttentionWeights(nn.Module):
         self.latents, (self.wq_a, self.wkv) = _stack((q_rank, dim), hidden, dtype, device)
         self.q_norm = Weight(float32(q_rank))
         self.wq_b = matrix(heads * dim, q_rank)
-        self.kv_norm = Weight(float32(dim))
+        self.head_norms = torch.ones(heads + 1, dim, dtype=torch.float32, device=device)
+        self.kv_norm = Weight(self.head_norms[-1])
         self.attn_sink = nn.Parameter(float32(heads))
         self.wo_a = Weight(
             torch.empty(groups * rank, heads * dim // groups, dtype=dtype, device=device)

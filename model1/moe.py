@@ -50,8 +50,8 @@ def route(
 
 def shared_expert(x: Tensor, weights: SharedExpertWeights, limit: float) -> Tensor:
     """`x [T, D] -> [T, D]`, both in the model dtype."""
-    gate, up = linear(x, weights.w13).chunk(2, dim=-1)
-    return linear(swiglu(gate, up, limit).to(x.dtype), weights.w2.weight)
+    hidden = swiglu(linear(x, weights.w13), limit).to(x.dtype)
+    return linear(hidden, weights.w2.weight)
 
 
 def combine(pairs: Tensor) -> Tensor:
@@ -118,11 +118,10 @@ class ExpertBank(nn.Module):
                 start += count
         if not groups:
             return rows[:0]
-        x = rows[row_index[order]]  # [P, D]
+        x = rows.index_select(0, row_index.index_select(0, order))  # [P, D]
         gate_up = torch.cat([linear(x[a:b], held.w13[slot]) for slot, a, b in groups])  # [P, 2*I]
-        gate, up = gate_up.chunk(2, dim=-1)
-        hidden = swiglu(gate, up, self.config.swiglu_limit) * weights[order].unsqueeze(-1)
-        hidden = hidden.to(rows.dtype)
+        hidden = swiglu(gate_up, self.config.swiglu_limit)
+        hidden = hidden.mul_(weights.index_select(0, order).unsqueeze(-1)).to(rows.dtype)
         out = torch.cat([linear(hidden[a:b], held.w2[slot]) for slot, a, b in groups])
         return torch.empty_like(out).index_copy_(0, order, out)
 
@@ -130,7 +129,7 @@ class ExpertBank(nn.Module):
 def local_sum(bank: ExpertBank, call: ExpertCall) -> Tensor:
     """Answer an `ExpertCall` from a bank that holds all experts: float32 `[T, D]`."""
     tokens, k = call.expert_ids.shape
-    row_index = torch.arange(tokens, device=call.rows.device).repeat_interleave(k)
+    row_index = torch.arange(tokens * k, device=call.rows.device) // k
     pairs = bank(
         call.layer,
         call.rows,

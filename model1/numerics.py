@@ -79,26 +79,33 @@ def _padded_rows(rows: int, sum_length: int, products_per_row: int, dtype: torch
     return max(rows, _SMALL_PRODUCT // products_per_row + 1)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm over the last dimension: float32 inside, one rounding to `x.dtype` at the end."""
-    return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension: float32 inside, one rounding to `x.dtype` at the end.
+
+    `weight` may be one for all, or one for each of the dimensions before.
+    """
+    return F.rms_norm(x.float(), (x.shape[-1],), None, eps).mul_(weight).to(x.dtype)
 
 
 def sigmoid(x: Tensor) -> Tensor:
     """float32 logistic function."""
-    return torch.exp(-x).add_(1.0).reciprocal_()
+    return x.neg().exp_().add_(1.0).reciprocal_()
 
 
 def silu(x: Tensor) -> Tensor:
     """float32 `x * sigmoid(x)`."""
-    return x / torch.exp(-x).add_(1.0)
+    return x / x.neg().exp_().add_(1.0)
 
 
 def softplus(x: Tensor) -> Tensor:
     """float32 `log(1 + exp(x))`, without overflow above or underflow below (trap T11)."""
-    return x.clamp_min(0.0) + torch.log1p(torch.exp(-x.abs()))
+    return x.abs().neg_().exp_().log1p_().add_(x.clamp_min(0.0))
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """Clamped SwiGLU in float32: the gate from above only, up on both sides (trap T10)."""
-    return silu(gate.float().clamp_max(limit)) * up.float().clamp(-limit, limit)
+def swiglu(gate_up: Tensor, limit: float) -> Tensor:
+    """Clamped SwiGLU: `[..., 2 * I]`, the gates and then the ups, -> float32 `[..., I]`.
+
+    The gate is clamped from above only, up on both sides (trap T10).
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return silu(gate.clamp_max(limit)).mul_(up.clamp(-limit, limit))

@@ -54,9 +54,11 @@ def rotate_(x: Tensor, by: Rotation) -> Tensor:
     """
     r = by.cos.shape[-1]
     shape = (-1, *[1] * (x.dim() - 2), r)
-    pairs = x[..., -r:].float()
+    tail = x[..., -r:]
+    pairs = tail.float()
     swapped = pairs.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    x[..., -r:] = pairs * by.cos.view(shape) + swapped.mul_(by.sin.view(shape))
+    turned = pairs * by.cos.view(shape)
+    tail.copy_(turned.add_(swapped.mul_(by.sin.view(shape))))
     return x
 
 
