@@ -24,8 +24,7 @@ NUMERICS_VERSION = 2
 class KVFormat(StrEnum):
     """How window rows, compressed entries and index keys are kept.
 
-    d, di, hidden = self.head_dim, self.index_dim, self.hidden_size
-    row, key = _Row(d, self.dtype), _Row(di, self.dtype)
+    Compressor states are rows of the model's dtype in both.
     """
 
     NATIVE = "native"  # in the model's dtype
