@@ -16,7 +16,7 @@ from services.attention.restore_plan import RestorePlan
 from services.attention.tails import Tail, TailCache
 
 # A load that takes longer than computing is given up, but not before so long: measured costs err.
-MIN_PATIENCE_S = 0.25
+MIN_PATIENCE_S = 1.0
 
 WriteBody: TypeAlias = Callable[[int, memoryview], None]  # (number of the block, its bytes)
 

@@ -29,6 +29,10 @@ ARENA_PATH_KEY = "model1-arena-path"
 ARENA_IDENTITY_KEY = "model1-arena-identity-bin"
 
 
+# A store that does not answer is not asked for so long.
+SILENCE_SECONDS = 5.0
+
+
 class Lease:
     """A span that the store will give to nobody else until it is released."""
 
@@ -68,6 +72,7 @@ class Attachment:
         self._lock: ClientLock | None = None
         self._held: set[int] = set()  # lease ids of the arena in use
         self._attached = asyncio.Event()
+        self._silent_until_s = 0.0  # on the loop's clock
         self._stream: Duplex[kvstore_pb2.WorkerMessage, kvstore_pb2.StoreMessage] = Duplex(
             address,
             lambda channel: kvstore_pb2_grpc.KvStoreStub(channel).Attach(),
@@ -78,7 +83,13 @@ class Attachment:
 
     @property
     def connected(self) -> bool:
-        return self._attached.is_set() and self._stream.connected
+        """The store is there, and answers."""
+        return self._can_send and self._silent_until_s <= asyncio.get_running_loop().time()
+
+    def note_silence(self) -> None:
+        """A call was not answered in time: no more of them for a while, or until the store says
+        anything. It will when it goes on: that call is still on its way."""
+        self._silent_until_s = asyncio.get_running_loop().time() + SILENCE_SECONDS
 
     @property
     def num_leases(self) -> int:
@@ -102,7 +113,7 @@ class Attachment:
 
     def send(self, message: kvstore_pb2.WorkerMessage) -> None:
         """Something without an answer; lost when the store is away."""
-        if self.connected:
+        if self._can_send:
             self._stream.send(message)
 
     def lease(self, lease_id: int, offset: int, length: int) -> Lease:
@@ -163,6 +174,10 @@ class Attachment:
         log.info("kvstore_attached store=%s arena=%s", self._stream.address, path)
 
     @property
+    def _can_send(self) -> bool:
+        return self._attached.is_set() and self._stream.connected
+
+    @property
     def _client_id(self) -> str:
         return self._hello.client_id
 
@@ -180,6 +195,7 @@ class Attachment:
         self._lock = lock
 
     def _receive(self, message: kvstore_pb2.StoreMessage) -> None:
+        self._silent_until_s = 0.0
         caller = self._callers.get(message.call_id)
         if caller is not None:
             caller.answered(message.call_id, message)
@@ -187,6 +203,7 @@ class Attachment:
         self.discard(message)
 
     def _broken(self, reason: str) -> None:
+        self._silent_until_s = 0.0
         if self._attached.is_set():
             self._attached.clear()
             self.num_breaks += 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -171,9 +172,13 @@ async def test_a_frozen_store_costs_a_timeout_and_no_error(
         await client.wait_connected()
     await client.save([item_of(0)])
     store.freeze()
+    reading = asyncio.create_task(read(client, [0], timeout_s=0.3))
     assert await client.locate([key_of(0)]) == [None]
-    assert await read(client, [0], timeout_s=0.3) == [None]
-    assert await client.save([item_of(1)]) == (0, 0, 1)
+    assert await reading == [None]
+    async with asyncio.timeout(0.1):  # one timeout for all: from now on nothing waits for it
+        assert await client.locate([key_of(0)]) == [None]
+        assert await read(client, [0], timeout_s=10) == [None]
+        assert await client.save([item_of(1)]) == (0, 0, 1)
     store.thaw()
 
     async def answers() -> bool:
@@ -182,6 +187,25 @@ async def test_a_frozen_store_costs_a_timeout_and_no_error(
     await eventually(answers)
     assert await read(client, [0]) == [Tier.RAM]
     assert await client.save([item_of(1)]) == (1, 0, 0)
+    await client.close()
+
+
+async def test_a_loop_that_is_busy_elsewhere_is_not_a_store_that_is_late(
+    store: StoreProcess,
+) -> None:
+    client = await KvClient.open(client_config(store.address, call_timeout_seconds=0.3))
+    async with asyncio.timeout(10):
+        await client.wait_connected()
+
+    async def compute() -> None:
+        while True:
+            time.sleep(0.15)  # noqa: ASYNC251 as a model's layers do
+            await asyncio.sleep(0)
+
+    computing = asyncio.create_task(compute())
+    assert await client.save([item_of(0)]) == (1, 0, 0)
+    assert await client.locate([key_of(0)]) == [Tier.RAM]
+    computing.cancel()
     await client.close()
 
 
