@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 
@@ -9,14 +10,14 @@ class Lru:
     """The plainest eviction policy: one list, the next to leave in front."""
 
     def __init__(self) -> None:
-        self._keys: dict[bytes, None] = {}
+        # Not a dict: that walks over what was deleted in front whenever it looks for the first.
+        self._keys: OrderedDict[bytes, None] = OrderedDict()
 
     def insert(self, key: bytes, nbytes: int, now: float) -> None:
         self._keys[key] = None
 
     def touch(self, key: bytes, now: float) -> None:
-        del self._keys[key]
-        self._keys[key] = None
+        self._keys.move_to_end(key)
 
     def remove(self, key: bytes) -> None:
         del self._keys[key]
