@@ -32,10 +32,22 @@ from torch import Tensor
 TILE_DIMS = 64
 _ALIGNMENT_BYTES = 8
 _MIN_SCALE_BYTE = 105  # 2^-22 = 2^ceil(log2(1e-4 / 448)): a smaller tile is scaled as one of 1e-4
-# 2^119. Beyond 448 times that (3e38, far from any normed row) a product of code and scale would
-# overflow, as do infinities and NaN.
-_MAX_SCALE_BYTE = 246
-_NAN_SCALE_BYTE = 255
+
+
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    """For an operation in place. Of a Python number torch makes such a tensor at every call, which
+    for a few rows takes longer than the operation.
+    """
+    return torch.tensor(value, dtype=dtype)
+
+
+_MAGNITUDE_BITS = _number(0x7FFF, torch.int16)
+_ROUND_UP = _number(0x1F - (8 << 7), torch.int16)
+_MANTISSA_BITS = _number(7, torch.int16)
+_INVERSE = _number(254, torch.int16)
+_TO_FLOAT16 = _number(1 << 7, torch.int16)
+_FLOAT16_BITS = _number(-0x4080, torch.int16)  # sign, the lower 4 of exponent, 3 of mantissa
+_FLOAT16_GAP = _number(2.0**8, torch.float32)
 
 
 class RowRecord(Protocol):
@@ -47,7 +59,8 @@ class RowRecord(Protocol):
     def encode(self, rows: Tensor) -> Tensor:
         """`rows [..., dims]`, float32 or bfloat16 -> records `[..., num_bytes]` uint8.
 
-        Rows are rounded to bfloat16 first. A tile that is not finite is read back as not finite.
+        Rows are rounded to bfloat16 first. A tile that is not finite is read back as not finite,
+        and so is one beyond 448 * 2^119 (3e38), whose scale times a code would overflow.
         """
         ...
 
@@ -80,30 +93,30 @@ class Fp8Record:
         return -(-(self.scales_start + self.num_tiles) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
     def encode(self, rows: Tensor) -> Tensor:
-        n, last = self.code_dims, self.scales_start
+        n, padding = self.code_dims, self.num_bytes - self.scales_start - self.num_tiles
         rows = rows.to(torch.bfloat16)
-        rotary = rows[..., n:].contiguous().view(torch.uint8)
+        rotary = rows.view(torch.uint8)[..., 2 * n :]
         if n == 0:
-            return F.pad(rotary, (0, self.num_bytes - last))
-        tiles = F.pad(rows[..., :n], (0, -n % TILE_DIMS)).unflatten(-1, (-1, TILE_DIMS))
-        codes, scales = _quantise(tiles)
-        scales = F.pad(scales, (0, self.num_bytes - last - self.num_tiles))
-        return torch.cat([codes.flatten(-2)[..., :n], rotary, scales], dim=-1)
+            return F.pad(rotary, (0, padding))
+        coded = rows[..., :n]
+        if n % TILE_DIMS:
+            coded = F.pad(coded, (0, -n % TILE_DIMS))
+        codes, scales = _quantise(coded.unflatten(-1, (-1, TILE_DIMS)))
+        return torch.cat([codes.flatten(-2)[..., :n], rotary, F.pad(scales, (0, padding))], dim=-1)
 
     def decode(self, records: Tensor, dtype: torch.dtype) -> Tensor:
-        n, last = self.code_dims, self.scales_start
-        rows = torch.empty(*records.shape[:-1], self.head_dim, dtype=dtype, device=records.device)
-        rows[..., n:] = records[..., n:last].view(torch.bfloat16)
-        if n:
-            values = _code_values(records[..., :n])
-            scales = _scale_values(records[..., last : last + self.num_tiles])
-            whole = n // TILE_DIMS
-            if whole:
-                tiles = values[..., : whole * TILE_DIMS].unflatten(-1, (whole, TILE_DIMS))
-                tiles.mul_(scales[..., :whole].unsqueeze(-1))
-            if whole < self.num_tiles:
-                values[..., whole * TILE_DIMS :].mul_(scales[..., whole:])
-            rows[..., :n] = values
+        n, r, s = self.code_dims, self.rope_dim, self.num_tiles
+        sizes = (n, 2 * r, s, self.num_bytes - self.scales_start - s)
+        codes, rotary, scales, _ = records.split_with_sizes(sizes, -1)
+        rows = torch.empty(*records.shape[:-1], n + r, dtype=dtype, device=records.device)
+        row_values, row_rotary = rows.split_with_sizes((n, r), -1)
+        row_rotary.copy_(rotary.view(torch.bfloat16))
+        values, scales = _code_values(codes), _scale_values(scales)
+        if n % TILE_DIMS == 0:
+            values.unflatten(-1, (s, TILE_DIMS)).mul_(scales.unsqueeze(-1))
+        else:
+            values.mul_(scales.repeat_interleave(TILE_DIMS, dim=-1)[..., :n])
+        row_values.copy_(values)
         return rows
 
 
@@ -126,18 +139,17 @@ class Fp8IndexKey:
         # A copy: a scale may stand where no float32 can be read from.
         scale = records[..., self.dims :].clone(memory_format=torch.contiguous_format)
         values = _code_values(records[..., : self.dims])
-        return values.mul_(scale.view(torch.float32).mul_(256.0)).to(dtype)
+        return values.mul_(scale.view(torch.float32).mul_(_FLOAT16_GAP)).to(dtype)
 
 
 def _quantise(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """`[..., s, w]` bfloat16 -> codes `[..., s, w]` and scale bytes `[..., s]`, both uint8."""
     # The bits of non-negative bfloat16 numbers have the numbers' order; NaN is above infinity.
-    peak = tiles.view(torch.int16).bitwise_and(0x7FFF).amax(dim=-1)
+    peak = tiles.view(torch.int16).bitwise_and(_MAGNITUDE_BITS).amax(dim=-1)
     # ceil(log2(peak / 448)) + 127, exact, unlike a logarithm. As 448 = 1.75 * 2^8 it is the biased
     # exponent - 8, and one more for a mantissa above 1.75: adding 0x1F carries into the exponent.
-    byte = peak.add_(0x1F - (8 << 7)).bitwise_right_shift_(7).clamp_min_(_MIN_SCALE_BYTE)
-    byte.masked_fill_(byte > _MAX_SCALE_BYTE, _NAN_SCALE_BYTE)  # then its codes mean nothing
-    inverse = ((254 - byte) << 7).view(torch.bfloat16)
+    byte = peak.add_(_ROUND_UP).bitwise_right_shift_(_MANTISSA_BITS).clamp_min_(_MIN_SCALE_BYTE)
+    inverse = (_INVERSE - byte).bitwise_left_shift_(_MANTISSA_BITS).view(torch.bfloat16)
     # Exact but for what is below half of the smallest code; within 448 of zero by construction.
     scaled = tiles * inverse.unsqueeze(-1)
     return scaled.to(torch.float8_e4m3fn).view(torch.uint8), byte.to(torch.uint8)
@@ -149,10 +161,10 @@ def _code_values(codes: Tensor) -> Tensor:
     An e4m3 number shifted into place is a float16 one with the same mantissa and an exponent that
     is 8 lower, subnormals too. torch's own conversion takes 4 times as long on a CPU (2.13).
     """
-    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
-    return bits.bitwise_and_(-0x4080).view(torch.float16).float()  # sign, 4 exponent, 3 mantissa
+    bits = codes.view(torch.int8).to(torch.int16).mul_(_TO_FLOAT16).bitwise_and_(_FLOAT16_BITS)
+    return bits.view(torch.float16).float()
 
 
 def _scale_values(scales: Tensor) -> Tensor:
     """ue8m0 bytes -> float32, too large by the 2^8 that `_code_values` leaves out."""
-    return scales.view(torch.float8_e8m0fnu).float().mul_(256.0)
+    return scales.view(torch.float8_e8m0fnu).float().mul_(_FLOAT16_GAP)
