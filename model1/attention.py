@@ -161,10 +161,6 @@ def _csa_tiles(tile: Tile, kv: LayerKV, index: IndexQueries | None, topk: int) -
         rows = F.pad(block * block_stride + number % per_block, (0, -topk % ENTRY_TILE))
         visible = F.pad(visible, (0, -topk % ENTRY_TILE))
     bias = torch.zeros(visible.shape, device=device).masked_fill_(~visible, -torch.inf)
-    return [
-        _KeyTile(
-            kv.entries.gather(rows[..., first : first + ENTRY_TILE].flatten(0, 1)),
-            bias[..., first : first + ENTRY_TILE],
-        )
-        for first in range(0, rows.shape[-1], ENTRY_TILE)
-    ]
+    rows_of_tile = rows.flatten(0, 1).unflatten(1, (-1, ENTRY_TILE)).transpose(0, 1)
+    keys = kv.entries.gather(rows_of_tile)  # [tiles, G or G*R, ENTRY_TILE, d]
+    return [_KeyTile(k, b) for k, b in zip(keys, bias.split(ENTRY_TILE, dim=-1), strict=True)]

@@ -4,6 +4,7 @@ An array lies unit by unit, all layers of a unit together, so that one unit is o
 A layer sees its rows of it as if they were alone. Knows nothing of who holds which unit.
 """
 
+from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -137,10 +138,18 @@ class LayerKV:
     """
 
     def __init__(
-        self, layer: int, kind: AttentionKind, arrays: dict[str, UnitArray], dtype: torch.dtype
+        self,
+        layer: int,
+        kind: AttentionKind,
+        arrays: dict[str, UnitArray],
+        dtype: torch.dtype,
+        csa_entries: Callable[[int], KVRows],
     ) -> None:
+        """`csa_entries` gives a layer's rows of that array, wherever they are."""
+
         def rows_of(name: str) -> KVRows:
-            rows, record = arrays[name].rows_of(layer), arrays[name].spec.record
+            rows = csa_entries(layer) if name == "csa_entries" else arrays[name].rows_of(layer)
+            record = arrays[name].spec.record
             return rows if record is None else RecordRows(rows, record, dtype)
 
         self.window = rows_of("window")

@@ -28,7 +28,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ import torch
 
 from model1.config import ModelConfig
 from model1.errors import ConfigError, PoolExhausted
+from model1.hot_entries import EntryTraffic, HotEntries
 from model1.kv_arrays import LayerKV, UnitArray
 from model1.kv_blocks import BlockTable
 from model1.kv_bytes import KVBytes, ReadableBuffer, TailPlace, WritableBuffer, readable, writable
@@ -47,12 +48,18 @@ class PoolCapacity:
     """How much the pool holds.
 
     `max_sequences` at once; `max_tokens` in all of them together (rounded up to blocks);
-    `max_step_tokens` in one forward step.
+    `max_step_tokens` in one forward step. Of the CSA entries the device holds `hot_entries` a layer
+    and host memory the rest; None: the device holds them all.
     """
 
     max_sequences: int
     max_tokens: int
     max_step_tokens: int
+    hot_entries: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.hot_entries is not None and self.hot_entries < 1:
+            raise ConfigError(f"hot_entries must be at least 1, not {self.hot_entries}")
 
     @classmethod
     def within(
@@ -64,21 +71,23 @@ class PoolCapacity:
         max_sequences: int,
         max_step_tokens: int,
         kv_format: KVFormat = KVFormat.NATIVE,
+        hot_entries: int | None = None,
     ) -> "PoolCapacity":
-        """As many tokens as a pool of at most `num_bytes` holds.
+        """As many tokens as a pool of at most `num_bytes` on the device holds.
 
         Raises `ConfigError` where that is not even one block.
         """
         layout = KVLayout.of(config, dtype, kv_format)
-        smallest = cls(max_sequences, layout.block_tokens, max_step_tokens)
+        smallest = cls(max_sequences, layout.block_tokens, max_step_tokens, hot_entries)
         least = smallest.num_bytes(layout)
         if least > num_bytes:
             raise ConfigError(
                 f"{max_sequences} sequences in steps of {max_step_tokens} tokens need a KV pool of "
                 f"at least {least} bytes, not {num_bytes}"
             )
-        num_blocks = 1 + (num_bytes - least) // layout.nbytes(Unit.BLOCK)
-        return cls(max_sequences, num_blocks * layout.block_tokens, max_step_tokens)
+        two = replace(smallest, max_tokens=2 * layout.block_tokens)
+        num_blocks = 1 + (num_bytes - least) // (two.num_bytes(layout) - least)
+        return replace(smallest, max_tokens=num_blocks * layout.block_tokens)
 
     def num_units(self, layout: KVLayout) -> dict[Unit, int]:
         """Units that a pool has, the zero page and block among them."""
@@ -87,8 +96,21 @@ class PoolCapacity:
         num_blocks = -(-self.max_tokens // layout.block_tokens)
         return {Unit.PAGE: num_pages + 1, Unit.BLOCK: num_blocks + 1, Unit.SLOT: self.max_sequences}
 
+    def num_hot(self, layout: KVLayout) -> int:
+        """CSA entries of all layers that the device has room for beside host memory."""
+        return (self.hot_entries or 0) * len(layout.arrays["csa_entries"].layers)
+
     def num_bytes(self, layout: KVLayout) -> int:
-        return sum(n * layout.nbytes(unit) for unit, n in self.num_units(layout).items())
+        """On the device."""
+        units = sum(n * layout.nbytes(unit) for unit, n in self.num_units(layout).items())
+        hot = self.num_hot(layout) * layout.arrays["csa_entries"].row_nbytes
+        return units - self.num_host_bytes(layout) + hot
+
+    def num_host_bytes(self, layout: KVLayout) -> int:
+        """In host memory."""
+        if self.hot_entries is None:
+            return 0
+        return self.num_units(layout)[Unit.BLOCK] * layout.arrays["csa_entries"].unit_nbytes
 
 
 @dataclass(slots=True, eq=False)
@@ -112,7 +134,8 @@ class PoolUsage:
     """Units held and in all, and the bytes of the arrays.
 
     `blocks` are held by sequences or pins (`pinned_blocks` of them); `cached_blocks` are nobody's
-    and give way when blocks are needed.
+    and give way when blocks are needed. `num_bytes` are on the device, `host_bytes` are not;
+    `entries` tells what came from where, if some are.
     """
 
     sequences: int
@@ -124,6 +147,8 @@ class PoolUsage:
     num_bytes: int
     cached_blocks: int
     pinned_blocks: int
+    host_bytes: int
+    entries: EntryTraffic
 
 
 class KVPool:
@@ -144,12 +169,19 @@ class KVPool:
         self.device = torch.device(device)
         self.max_sequence_tokens = min(config.max_position_embeddings, capacity.max_tokens)
         self._num_units = units = capacity.num_units(layout)
+        num_hot = capacity.num_hot(layout)
+        places = {name: self.device for name in layout.arrays}
+        if num_hot:
+            places["csa_entries"] = torch.device("cpu")
         arrays = {
-            name: UnitArray(spec, units[spec.unit], self.device)
+            name: UnitArray(spec, units[spec.unit], places[name])
             for name, spec in layout.arrays.items()
         }
+        self._hot = HotEntries(arrays["csa_entries"], num_hot, self.device) if num_hot else None
+        csa_entries = (self._hot or arrays["csa_entries"]).rows_of
         self.layers = [
-            LayerKV(layer, kind, arrays, dtype) for layer, kind in enumerate(layout.kinds)
+            LayerKV(layer, kind, arrays, dtype, csa_entries)
+            for layer, kind in enumerate(layout.kinds)
         ]
         self.layout_digest = layout.digest(self.device)
         self._bytes = KVBytes(layout, arrays)
@@ -267,6 +299,8 @@ class KVPool:
         with self._lock:
             assert self._blocks.is_private(block), f"block {block} is not its writer's alone"
         self._bytes.write_body(block, readable(data, self.body_nbytes))
+        if self._hot is not None:
+            self._hot.forget_unit(block)
 
     def read_tail(self, handle: KVHandle, out: WritableBuffer) -> None:
         """Copy the tail at `handle.num_tokens`, a boundary, to `out`, `tail_nbytes` long.
@@ -304,6 +338,8 @@ class KVPool:
                 num_bytes=self.capacity.num_bytes(self.layout),
                 cached_blocks=self._blocks.num_cached,
                 pinned_blocks=self._blocks.num_pinned,
+                host_bytes=self.capacity.num_host_bytes(self.layout),
+                entries=EntryTraffic() if self._hot is None else self._hot.traffic,
             )
 
     def check(self) -> None:

@@ -23,42 +23,15 @@ from model1.config import AttentionKind
 from model1.kv_layout import KVFormat
 from model1.kv_pool import KVHandle, KVPool, PoolCapacity
 from model1.model import Model
-from model1.moe import ExpertBank
-from model1.trunk import Trunk
-from tests.services import tiny_model
+from tests.model1.kv_models import CONFIG, CSA, HCA, SWA, model_of
 from tests.services.tiny_model import prompt
 
-SWA, CSA, HCA = AttentionKind.SWA, AttentionKind.CSA, AttentionKind.HCA
 BLOCK = 128
 NUM_BLOCKS = 3
 TOKENS = NUM_BLOCKS * BLOCK + 60
 MASKED = 3e4
-# Several layers of each kind, so that a mix-up of layers shows.
-CONFIG = replace(
-    tiny_model.CONFIG,
-    attention_kinds=(CSA, SWA, HCA, CSA, HCA, SWA),
-    hash_routed=(True, *[False] * 5),
-    eos_token_ids=(),
-    max_position_embeddings=1024,
-)
 # Pages that boundaries fall inside of, at the edge of, and a window longer than a block.
 WINDOWS = (2, 8, 12, 128, 200)
-
-
-@cache
-def model_of(window: int, dtype: torch.dtype) -> Model:
-    config = replace(CONFIG, sliding_window=window)
-    trunk, bank = Trunk(config, dtype), ExpertBank(config, range(config.n_routed_experts), dtype)
-    draw = torch.Generator().manual_seed(11)
-    for module in (trunk, bank):
-        for name, parameter in module.named_parameters():
-            fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
-            values = torch.randn(parameter.shape, generator=draw) * fan_in**-0.5
-            parameter.data.copy_(1 + 0.1 * values if name.endswith("norm.weight") else values)
-            parameter.requires_grad_(False)
-    hashed = trunk.get_buffer("layers.0.ffn.gate.tid2eid")
-    hashed.copy_(torch.arange(hashed.numel()).view(hashed.shape) % config.n_routed_experts)
-    return Model(trunk, bank)
 
 
 def pool_of(model: Model, *, poisoned: bool = False) -> KVPool:
