@@ -103,6 +103,13 @@ class Client:
             )
             return answer
 
+    async def kv_stats(self) -> control_pb2.GetKvStatsResponse:
+        with named_failures(self.endpoint):
+            answer: control_pb2.GetKvStatsResponse = await self._control.GetKvStats(
+                control_pb2.GetKvStatsRequest(), timeout=CONTROL_TIMEOUT_SECONDS
+            )
+            return answer
+
     async def model_info(self) -> control_pb2.GetModelInfoResponse:
         with named_failures(self.endpoint):
             answer: control_pb2.GetModelInfoResponse = await self._control.GetModelInfo(

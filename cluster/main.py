@@ -1,6 +1,7 @@
 """The command line: verbs and flags in, an exit code out.
 
-The verbs themselves are in verbs.py. Exit codes: 0 ok, 1 failed, 2 usage, 3 unreachable.
+The verbs themselves are in verbs.py and session_verbs.py. Exit codes: 0 ok, 1 failed, 2 usage,
+3 unreachable.
 """
 
 import argparse
@@ -12,9 +13,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from cluster.config import SettingsError
-from cluster.verbs import VERBS
+from cluster.session_verbs import VERBS as SESSION_VERBS
+from cluster.verbs import VERBS as DEPLOYMENT_VERBS
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE = 0, 1, 2, 3
+
+VERBS = DEPLOYMENT_VERBS | SESSION_VERBS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,8 +60,10 @@ def _exit_code(error: Exception) -> int | None:
     from cluster.bench_child import ChildFailed
     from cluster.bench_workload import SidesDiffer
     from cluster.client import RequestFailed, RequestRefused, Unreachable
+    from cluster.kv import KvDamaged
     from cluster.preflight import AddressTaken
     from cluster.ray_session import RayUnavailable
+    from cluster.session_file import SessionFileError
     from cluster.supervisor import DeploymentError
     from cluster.topology import TopologyError
     from model1.errors import InvalidRequest, ModelError
@@ -68,7 +74,7 @@ def _exit_code(error: Exception) -> int | None:
         return EXIT_USAGE
     expected = (
         *(ModelError, DeploymentError, AddressTaken, RayUnavailable, RequestFailed),
-        *(ChildFailed, SidesDiffer),
+        *(ChildFailed, SidesDiffer, KvDamaged, SessionFileError),
     )
     return EXIT_FAILED if isinstance(error, expected) else None
 

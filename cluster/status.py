@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterable
 
-from google.protobuf import json_format
-
 from cluster.client import connected
+from cluster.kv import tier_states
 from cluster.output import text_table
+from cluster.plain import as_plain
 from protos import control_pb2
 
 MEMBER_HEADER = ("role", "name", "pid", "address", "state", "requests")
@@ -17,12 +17,14 @@ async def status(endpoint: str, *, as_json: bool) -> None:
         server = await client.server_info()
         model = await client.model_info()
         topology = await client.topology()
+        kv = await client.kv_stats()
     if as_json:
         described = {
             "endpoint": endpoint,
-            "server": _as_dict(server),
-            "model": _as_dict(model),
-            "topology": _as_dict(topology),
+            "server": as_plain(server),
+            "model": as_plain(model),
+            "topology": as_plain(topology),
+            "kv": as_plain(kv),
         }
         print(json.dumps(described, indent=2))
         return
@@ -36,6 +38,8 @@ async def status(endpoint: str, *, as_json: bool) -> None:
         f"{model.n_routed_experts} experts, routing epoch {topology.epoch}"
     )
     print(member_table(topology.members))
+    if kv.stores:
+        print(f"\n{tier_states(kv.stores)}")
 
 
 def member_table(members: Iterable[control_pb2.Member]) -> str:
@@ -44,14 +48,3 @@ def member_table(members: Iterable[control_pb2.Member]) -> str:
         for m in sorted(members, key=lambda member: (member.role, member.name))
     ]
     return text_table(MEMBER_HEADER, rows)
-
-
-def _as_dict(
-    message: control_pb2.GetServerInfoResponse
-    | control_pb2.GetModelInfoResponse
-    | control_pb2.GetTopologyResponse,
-) -> dict[str, object]:
-    described: dict[str, object] = json_format.MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    return described

@@ -146,14 +146,16 @@ class DeleteSessionResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class SessionHistory(_message.Message):
-    __slots__ = ("token_ids", "kv_root", "created_unix_seconds")
+    __slots__ = ("token_ids", "kv_root", "created_unix_seconds", "checksum")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     KV_ROOT_FIELD_NUMBER: _ClassVar[int]
     CREATED_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     kv_root: bytes
     created_unix_seconds: float
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., kv_root: _Optional[bytes] = ..., created_unix_seconds: _Optional[float] = ...) -> None: ...
+    checksum: bytes
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., kv_root: _Optional[bytes] = ..., created_unix_seconds: _Optional[float] = ..., checksum: _Optional[bytes] = ...) -> None: ...
 
 class ExportSessionRequest(_message.Message):
     __slots__ = ("name", "without_kv")

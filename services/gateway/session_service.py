@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
+import xxhash
 
 from model1.errors import InvalidRequest
 from model1.tokenizer import Tokenizer
@@ -14,7 +15,7 @@ from services import rpc
 from services.errors import ending_with_status
 from services.gateway.session_admin import History, Residence, SessionAdmin
 from services.kvstore.tier import Tier
-from services.session_record import SessionHead, SessionName
+from services.session_record import SessionHead, SessionName, packed
 
 DEFAULT_MAX_SESSIONS = 1000
 
@@ -90,6 +91,7 @@ class SessionsService(sessions_pb2_grpc.SessionsServicer):
                 token_ids=record.token_ids,
                 kv_root=record.head.kv_root,
                 created_unix_seconds=record.head.created_s,
+                checksum=_checksum(record.token_ids, record.head.kv_root),
             )
             await context.write(sessions_pb2.ExportSessionResponse(history=history))
             if request.without_kv:
@@ -107,11 +109,7 @@ class SessionsService(sessions_pb2_grpc.SessionsServicer):
             first = await anext(aiter(request_iterator), None)
             if first is None or first.WhichOneof("part") != "session":
                 raise InvalidRequest("an import begins with the session")
-            history = History(
-                tuple(first.session.history.token_ids),
-                first.session.history.kv_root,
-                first.session.history.created_unix_seconds,
-            )
+            history = _history(first.session.history)
             head, written = await self._admin.begin(
                 _name(first.session.name), history, _blobs(request_iterator)
             )
@@ -143,6 +141,17 @@ def sessions_service(service: SessionsService) -> rpc.Service:
 
 def _name(message: sessions_pb2.SessionName) -> SessionName:
     return SessionName(message.session_id, message.cache_salt)
+
+
+def _history(message: sessions_pb2.SessionHistory) -> History:
+    token_ids = tuple(message.token_ids)
+    if message.checksum != _checksum(token_ids, message.kv_root):
+        raise InvalidRequest("the history is damaged: its checksum is another one")
+    return History(token_ids, message.kv_root, message.created_unix_seconds)
+
+
+def _checksum(token_ids: tuple[int, ...], kv_root: bytes) -> bytes:
+    return xxhash.xxh3_128_digest(packed(token_ids) + kv_root)
 
 
 async def _blobs(

@@ -38,6 +38,14 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]
         (("generate", "x", "--endpoint", "nowhere"), "'nowhere'"),
         (("generate", "x", "--local", "--session", "tea"), "--session"),
         (("bench", "serve", "--pairs", "0"), "0"),
+        (("session",), "WHAT"),
+        (("session", "show"), "NAME"),
+        (("session", "pin", "tea"), "--for"),
+        (("session", "pin", "tea", "--for", "soon"), "'soon'"),
+        (("session", "list", "--max", "0"), "0"),
+        (("kv", "evict", "--tier", "ram"), "--bytes"),
+        (("kv", "evict", "--tier", "tape", "--bytes", "1"), "'tape'"),
+        (("kv", "evict", "--tier", "ram", "--bytes", "1kg"), "'1kg'"),
         (("frobnicate",), "'frobnicate'"),
         ((), "VERB"),
     ],
@@ -61,7 +69,10 @@ def test_a_wrong_environment_variable_is_a_usage_error(
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "demo", "serve", "generate", "status", "bench serve", "bench model", "bench fp8", "train"],
+    [
+        *("", "demo", "serve", "generate", "chat", "status", "train"),
+        *("bench serve", "bench model", "bench fp8", "session", "session export", "kv"),
+    ],
 )
 def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     with pytest.raises(SystemExit, match="0"):

@@ -26,9 +26,12 @@ class Result:
     stderr: str
 
 
-def run(*arguments: str | Path, timeout_seconds: float = START_TIMEOUT_SECONDS) -> Result:
+def run(
+    *arguments: str | Path, stdin: str = "", timeout_seconds: float = START_TIMEOUT_SECONDS
+) -> Result:
     done = subprocess.run(
         [*MODEL1, *map(str, arguments)],
+        input=stdin,
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -9,12 +9,14 @@ from typing import Any
 
 import grpc
 import pytest
+import xxhash
 
 from protos import attention_pb2, control_pb2, inference_pb2, kvstore_pb2, sessions_pb2
 from services.gateway.store import StoreAddress
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.disk import DiskConfig
 from services.kvstore.server import KvStoreServer
+from services.session_record import packed
 from tests.services import tiny_model
 from tests.services.gateway.deployed import Deployment, deployed, failure, frame, request
 
@@ -254,11 +256,23 @@ async def test_an_import_is_checked(deployment: Deployment) -> None:
         ((4096,), "token id 4096 in the history"),
         (tiny_model.prompt(400), "the history has 400 tokens, a session here 1 to 399"),
     ):
-        history = sessions_pb2.SessionHistory(token_ids=token_ids)
+        checksum = xxhash.xxh3_128_digest(packed(token_ids))
+        history = sessions_pb2.SessionHistory(token_ids=token_ids, checksum=checksum)
         part = sessions_pb2.ExportSessionResponse(history=history)
         error = await failure(deployment.sessions.Import(import_of([part])))
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert words in str(error.details())
+
+
+async def test_a_damaged_history_is_not_imported(deployment: Deployment) -> None:
+    await say(deployment, (5, 6))
+    export = deployment.sessions.Export(sessions_pb2.ExportSessionRequest(name=NAME))
+    parts = [part async for part in export]
+    await deployment.sessions.Delete(sessions_pb2.DeleteSessionRequest(name=NAME))
+    parts[0].history.token_ids[1] ^= 1
+    error = await failure(deployment.sessions.Import(import_of(parts)))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "checksum" in str(error.details())
 
 
 async def test_a_session_in_a_turn_says_so_and_is_not_changed(deployment: Deployment) -> None:
