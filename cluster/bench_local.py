@@ -37,7 +37,7 @@ async def one_process(settings: Settings) -> AsyncIterator[OneProcess]:
 
 
 async def _serve(settings: Settings) -> None:
-    from model1.kv_pool import PoolCapacity
+    from model1.kv_capacity import PoolCapacity
     from services.attention.engine import EngineConfig
     from services.attention.loading import load_local_engine
     from services.attention.scheduler import SchedulerLimits
@@ -47,7 +47,9 @@ async def _serve(settings: Settings) -> None:
         model_directory(settings.model),
         dtype=settings.model.dtype,
         device=settings.model.device,
-        capacity=PoolCapacity(limits.max_sequences, limits.kv_tokens, limits.max_batch_tokens),
+        capacity=PoolCapacity(
+            limits.max_sequences, limits.kv_tokens, limits.max_batch_tokens, limits.hot_entries
+        ),
         config=EngineConfig(
             limits=SchedulerLimits(
                 max_batch_tokens=limits.max_batch_tokens,

@@ -72,6 +72,11 @@ class AttentionSettings(_Section):
     kv_format: Literal["native", "fp8"] = Field(
         "native", description="native: KV in the model's dtype; fp8: about half of its bytes"
     )
+    hot_entries: int | None = Field(
+        None,
+        ge=1,
+        description="CSA entries a layer that the device holds, host memory all; unset: all",
+    )
     crossing_timeout_seconds: float = Field(60.0, gt=0, description="routed experts of one layer")
 
     @model_validator(mode="after")

@@ -42,7 +42,7 @@ async def ask_here(settings: Settings, question: Question) -> AsyncIterator[Piec
         )
     )
     # Only now, so that a bad request is told without waiting for torch.
-    from model1.kv_pool import PoolCapacity
+    from model1.kv_capacity import PoolCapacity
     from services.attention.engine import EngineConfig
     from services.attention.loading import load_local_engine
 

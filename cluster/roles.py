@@ -110,7 +110,7 @@ def load_gateway(
 
 def load_attention(name: str, settings: Settings, place: Place) -> Serve:
     from model1.checkpoint import checkpoint_digest
-    from model1.kv_pool import PoolCapacity
+    from model1.kv_capacity import PoolCapacity
     from services.attention.experts import RoutedExperts
     from services.attention.loading import load_trunk_and_pool
     from services.attention.server import AttentionWorker, AttentionWorkerConfig
@@ -121,7 +121,9 @@ def load_attention(name: str, settings: Settings, place: Place) -> Serve:
         directory,
         dtype=settings.model.dtype,
         device=settings.model.device,
-        capacity=PoolCapacity(limits.max_sequences, limits.kv_tokens, limits.max_batch_tokens),
+        capacity=PoolCapacity(
+            limits.max_sequences, limits.kv_tokens, limits.max_batch_tokens, limits.hot_entries
+        ),
         kv_format=limits.kv_format,
     )
     model_digest = checkpoint_digest(directory)

@@ -11,8 +11,9 @@ from model1.batch import Batch, Chunk
 from model1.checkpoint import load_config, load_experts, load_trunk
 from model1.config import ModelConfig
 from model1.errors import InvalidRequest
+from model1.kv_capacity import PoolCapacity
 from model1.kv_layout import KVFormat
-from model1.kv_pool import KVPool, PoolCapacity
+from model1.kv_pool import KVPool
 from model1.modules import packed
 from model1.moe import ExpertBank
 from model1.sampling import SamplingParams, sample

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from model1.checkpoint import load_experts, load_trunk
+from model1.kv_capacity import PoolCapacity
 from model1.kv_layout import KVFormat
-from model1.kv_pool import KVPool, PoolCapacity
+from model1.kv_pool import KVPool
 from model1.modules import packed
 from model1.trunk import Trunk
 from services.attention.engine import Engine, EngineConfig

@@ -152,6 +152,18 @@ async def test_a_gateway_that_has_gone_is_unreachable() -> None:
             pass
 
 
+async def test_entries_in_host_memory_give_the_same_tokens(
+    settings: Settings, socket_folder: Path
+) -> None:
+    prompt = tiny_model.prompt(50)
+    expected = tiny_model.model().generate(prompt, max_tokens=40)
+    attention = settings.attention.model_copy(update={"hot_entries": 64})
+    settings = settings.model_copy(update={"attention": attention})
+    async with deployed_here(settings, socket_folder) as (at, _), connected(at) as client:
+        frames = [f async for f in client.ask(Question(prompt=prompt, max_tokens=40))]
+    assert [token for f in frames if isinstance(f, Piece) for token in f.token_ids] == expected
+
+
 async def test_fp8_kv_gives_the_same_tokens_here_and_deployed(
     settings: Settings, socket_folder: Path
 ) -> None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model1.batch import ENTRY_TILE, Batch, Chunk, Compression, Tile
-from model1.kv_pool import KVHandle, KVPool, PoolCapacity
+from model1.kv_capacity import PoolCapacity
+from model1.kv_pool import KVHandle, KVPool
 from tests.services import tiny_model
 
 Tag = tuple[int, int]  # (sequence, token position)

@@ -10,7 +10,8 @@ from torch import Tensor
 from model1.batch import Batch, Chunk
 from model1.compressor import Compressor, compress
 from model1.config import AttentionKind, ModelConfig
-from model1.kv_pool import KVPool, PoolCapacity
+from model1.kv_capacity import PoolCapacity
+from model1.kv_pool import KVPool
 from model1.modules import CompressorWeights
 from model1.rope import Rope, Rotation
 from tests.services import tiny_model

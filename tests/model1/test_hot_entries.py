@@ -14,8 +14,9 @@ from torch import Tensor
 from model1.batch import Chunk
 from model1.errors import ConfigError
 from model1.hot_entries import EntryTraffic, HotSlots
+from model1.kv_capacity import PoolCapacity
 from model1.kv_layout import KVFormat, Unit
-from model1.kv_pool import KVHandle, KVPool, PoolCapacity
+from model1.kv_pool import KVHandle, KVPool
 from model1.model import Model
 from tests.model1.kv_models import CONFIG, model_of
 from tests.services import tiny_model

@@ -11,7 +11,8 @@ from model1.batch import Batch, Chunk
 from model1.config import AttentionKind, ModelConfig
 from model1.indexer import IndexQueries
 from model1.kv_arrays import Rows
-from model1.kv_pool import KVPool, PoolCapacity
+from model1.kv_capacity import PoolCapacity
+from model1.kv_pool import KVPool
 from model1.modules import IndexerWeights
 from model1.rope import Rope, Rotation
 from tests.services import tiny_model

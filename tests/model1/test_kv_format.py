@@ -19,8 +19,9 @@ from model1.batch import Chunk
 from model1.config import AttentionKind, ModelConfig
 from model1.fp8 import Fp8IndexKey, Fp8Record, RowRecord
 from model1.kv_arrays import KVRows
+from model1.kv_capacity import PoolCapacity
 from model1.kv_layout import KVFormat
-from model1.kv_pool import KVHandle, KVPool, PoolCapacity
+from model1.kv_pool import KVHandle, KVPool
 from model1.model import Model
 from tests.services import tiny_model
 from tests.services.tiny_model import prompt

@@ -15,7 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from model1.config import AttentionKind
 from model1.errors import ConfigError, PoolExhausted
-from model1.kv_pool import KVHandle, KVPool, PoolCapacity
+from model1.kv_capacity import PoolCapacity
+from model1.kv_pool import KVHandle, KVPool
 from tests.services import tiny_model
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from model1.batch import Chunk
 from model1.config import AttentionKind
+from model1.kv_capacity import PoolCapacity
 from model1.kv_layout import KVFormat
-from model1.kv_pool import KVHandle, KVPool, PoolCapacity
+from model1.kv_pool import KVHandle, KVPool
 from model1.model import Model
 from tests.model1.kv_models import CONFIG, CSA, HCA, SWA, model_of
 from tests.services.tiny_model import prompt

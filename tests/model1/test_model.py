@@ -13,7 +13,8 @@ from torch import Tensor
 
 from model1.batch import Chunk
 from model1.errors import InvalidRequest
-from model1.kv_pool import KVPool, PoolCapacity
+from model1.kv_capacity import PoolCapacity
+from model1.kv_pool import KVPool
 from model1.model import PREFILL_CHUNK_TOKENS, Model
 from model1.moe import ExpertBank
 from model1.trunk import Trunk

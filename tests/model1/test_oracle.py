@@ -18,7 +18,8 @@ from torch import Tensor
 from model1 import Model
 from model1.batch import Chunk
 from model1.checkpoint import load_experts, load_trunk
-from model1.kv_pool import KVHandle, KVPool, PoolCapacity
+from model1.kv_capacity import PoolCapacity
+from model1.kv_pool import KVHandle, KVPool
 from model1.modules import packed
 from tests.model1 import oracle
 from tests.model1.oracle import CASES, Case

@@ -10,7 +10,8 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 
 from model1.config import ModelConfig
-from model1.kv_pool import KVPool, PoolCapacity
+from model1.kv_capacity import PoolCapacity
+from model1.kv_pool import KVPool
 from model1.model import Model
 from model1.moe import ExpertBank
 from model1.tokenizer import BOS, EOS
