@@ -16,17 +16,10 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import Settings
+from cluster.members import ActorDied, DeploymentError, Listening, Peers, Process, Snapshot
 from cluster.ray_session import Node
 from cluster.roles import Place, Serve, Serving, load_role
-from cluster.supervisor import (
-    ActorDied,
-    DeploymentError,
-    Listening,
-    Peers,
-    Process,
-    Snapshot,
-    Supervisor,
-)
+from cluster.supervisor import Supervisor
 from cluster.topology import ActorSpec, Topology
 from model1.errors import ModelError
 from services.errors import ServiceError

@@ -69,6 +69,9 @@ class AttentionSettings(_Section):
     max_sequences: int = Field(64, ge=1, description="in the batch at once")
     max_waiting_requests: int = Field(256, ge=1)
     kv_tokens: int = Field(65536, ge=1, description="of all sequences in the batch together")
+    kv_bytes: int | None = Field(
+        None, ge=1, description="of the device for KV; then kv_tokens is what fits into it"
+    )
     kv_format: Literal["native", "fp8"] = Field(
         "native", description="native: KV in the model's dtype; fp8: about half of its bytes"
     )

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from cluster.client import Client, End, Question, connected
 from cluster.config import Settings
 from cluster.deployment import Site, deployed, prepared
+from cluster.members import DeploymentError
 from cluster.serve import cancel_on_signals
 from cluster.status import member_table
-from cluster.supervisor import DeploymentError
 
 PROMPT = "Once upon a time,"
 MAX_TOKENS = 96

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO
 
 from cluster.config import KvSettings
+from cluster.members import DeploymentError, Listening, Peers
 from cluster.roles import Place, Serve, Serving
 from cluster.runtime_dir import runtime_dir
-from cluster.supervisor import DeploymentError, Listening, Peers
 
 SHARED_MEMORY = Path("/dev/shm")
 # Beyond what is asked for: others use the file system too.

@@ -61,10 +61,10 @@ def _exit_code(error: Exception) -> int | None:
     from cluster.bench_workload import SidesDiffer
     from cluster.client import RequestFailed, RequestRefused, Unreachable
     from cluster.kv import KvDamaged
+    from cluster.members import DeploymentError
     from cluster.preflight import AddressTaken
     from cluster.ray_session import RayUnavailable
     from cluster.session_file import SessionFileError
-    from cluster.supervisor import DeploymentError
     from cluster.topology import TopologyError
     from model1.errors import InvalidRequest, ModelError
 

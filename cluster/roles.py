@@ -19,8 +19,8 @@ from cluster.config import (
     ModelSettings,
     Settings,
 )
+from cluster.members import DeploymentError, Listening, Peers, Snapshot
 from cluster.preflight import model_directory
-from cluster.supervisor import DeploymentError, Listening, Peers, Snapshot
 from cluster.topology import ActorSpec, Role
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ def load_role(
     """Import and read what the role needs. Blocks; raises whatever keeps the role from running."""
     match spec.role:
         case Role.GATEWAY:
-            room = settings.attention.kv_tokens
-            return load_gateway(settings.model, settings.gateway, snapshot, kv_tokens=room)
+            return load_gateway(settings.model, settings.gateway, snapshot)
         case Role.ATTENTION:
             return load_attention(spec.name, settings, place)
         case Role.ROUTER:
@@ -79,9 +78,8 @@ def load_role(
 
 
 def load_gateway(
-    model: ModelSettings, settings: GatewaySettings, snapshot: SnapshotSource, *, kv_tokens: int
+    model: ModelSettings, settings: GatewaySettings, snapshot: SnapshotSource
 ) -> Serve:
-    """`kv_tokens` is what a worker holds: the context that is offered is no longer than that."""
     from services.gateway.server import GatewayConfig, GatewayServer
     from services.gateway.store import StoreAddress
     from services.gateway.workers import WorkerAddress
@@ -94,7 +92,8 @@ def load_gateway(
             model_dir=model_directory(model),
             version=importlib.metadata.version("model1"),
             address=settings.endpoint,
-            max_context_length=kv_tokens,
+            # Whichever worker takes a request has room for it.
+            max_context_length=min((w.kv_tokens for w in peers.worker_addresses), default=None),
             default_max_tokens=settings.default_max_tokens,
             max_active_requests=settings.max_active_requests,
         )
@@ -112,18 +111,30 @@ def load_attention(name: str, settings: Settings, place: Place) -> Serve:
     from model1.checkpoint import checkpoint_digest
     from model1.kv_capacity import PoolCapacity
     from services.attention.experts import RoutedExperts
-    from services.attention.loading import load_trunk_and_pool
+    from services.attention.loading import capacity_within, load_trunk_and_pool
     from services.attention.server import AttentionWorker, AttentionWorkerConfig
 
     limits = settings.attention
     directory = model_directory(settings.model)
+    if limits.kv_bytes is None:
+        capacity = PoolCapacity(
+            limits.max_sequences, limits.kv_tokens, limits.max_batch_tokens, limits.hot_entries
+        )
+    else:
+        capacity = capacity_within(
+            limits.kv_bytes,
+            directory,
+            dtype=settings.model.dtype,
+            max_sequences=limits.max_sequences,
+            max_step_tokens=limits.max_batch_tokens,
+            kv_format=limits.kv_format,
+            hot_entries=limits.hot_entries,
+        )
     trunk, pool = load_trunk_and_pool(
         directory,
         dtype=settings.model.dtype,
         device=settings.model.device,
-        capacity=PoolCapacity(
-            limits.max_sequences, limits.kv_tokens, limits.max_batch_tokens, limits.hot_entries
-        ),
+        capacity=capacity,
         kv_format=limits.kv_format,
     )
     model_digest = checkpoint_digest(directory)
@@ -144,7 +155,9 @@ def load_attention(name: str, settings: Settings, place: Place) -> Serve:
             await experts.close()
 
         return Serving(
-            Listening(worker.address), lambda: worker.engine.stats().counters.accepted, stop
+            Listening(worker.address, kv_tokens=capacity.max_tokens),
+            lambda: worker.engine.stats().counters.accepted,
+            stop,
         )
 
     return serve

@@ -9,7 +9,7 @@ from typing import NoReturn, TextIO
 
 from cluster.config import Settings
 from cluster.deployment import Site, deployed, prepared
-from cluster.supervisor import DeploymentError
+from cluster.members import DeploymentError
 
 
 def serve(settings: Settings) -> None:

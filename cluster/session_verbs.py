@@ -11,12 +11,14 @@ from cluster.flags import (
     Arguments,
     Verb,
     add_client_flags,
+    add_format_flag,
     add_salt_flag,
     add_sampling_flags,
     endpoint_of,
     num_bytes,
     positive,
     seconds,
+    seed,
     wants_json,
 )
 
@@ -124,9 +126,20 @@ def _kv_arguments(parser: argparse.ArgumentParser) -> None:
     for each in (verified, evicted):
         each.add_argument("--tier", choices=("ram", "disk", "redis"), required=True)
     add("gc", "forget what outlived its time, and what dead workers left")
+    words = "what eviction policies are worth on made-up traffic, in this process"
+    simulated = what.add_parser("simulate", help=words, description=words)
+    simulated.add_argument("--requests", type=positive, default=5000, metavar="N")
+    simulated.add_argument("--seed", type=seed, default=0, metavar="S")
+    simulated.add_argument("--plot", type=Path, metavar="FILE", help="write the curves as SVG")
+    add_format_flag(simulated)
 
 
 def _kv(parsed: Arguments) -> None:
+    if parsed.what == "simulate":
+        from cluster.kv_simulate import kv_simulate
+
+        kv_simulate(parsed.requests, seed=parsed.seed, plot=parsed.plot, as_json=wants_json(parsed))
+        return
     from cluster.kv import KvCommand
 
     command = KvCommand(endpoint=endpoint_of(parsed), as_json=wants_json(parsed))

@@ -6,10 +6,20 @@ nothing of Ray, gRPC or models; sees no token.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
-from typing import Protocol
+from dataclasses import replace
 
+from cluster.members import (
+    Actor,
+    ActorDied,
+    DeploymentError,
+    Member,
+    MemberState,
+    Peers,
+    Process,
+    Redis,
+    Snapshot,
+    WorkerPlace,
+)
 from cluster.topology import ActorSpec, Role, Topology
 
 # Of an actor to a question that it answers from memory.
@@ -19,103 +29,6 @@ STOP_MARGIN_SECONDS = 5.0
 FIRST_EPOCH = 1
 # Whoever is called comes up before its callers, and goes down after them.
 START_ORDER = (Role.KVSTORE, Role.EXPERT, Role.ROUTER, Role.ATTENTION, Role.GATEWAY)
-
-
-class DeploymentError(Exception):
-    """The deployment cannot start or cannot go on; the message is one line and names the actor."""
-
-
-class ActorDied(DeploymentError):
-    """The process of an actor is gone."""
-
-
-class MemberState(StrEnum):
-    STARTING = "starting"
-    READY = "ready"
-    DRAINING = "draining"
-    DEAD = "dead"
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """Where an actor runs."""
-
-    pid: int
-    node_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerPlace:
-    """Where an attention worker is, as a gateway needs it."""
-
-    name: str
-    address: str
-    store: str  # name of its node's KV store; empty: none
-
-
-@dataclass(frozen=True, slots=True)
-class Peers:
-    """Whom an actor is to call; each role reads the fields that concern it."""
-
-    replicas_of_expert: tuple[tuple[str, ...], ...] = ()  # addresses; of a router, with the epoch
-    epoch: int = 0
-    router_address: str = ""  # of an attention worker
-    store_address: str = ""  # of an attention worker; empty: its node has no KV store
-    worker_addresses: tuple[WorkerPlace, ...] = ()  # of a gateway
-    store_addresses: tuple[tuple[str, str], ...] = ()  # (name, address); of a gateway or a KV store
-    redis_url: str = field(default="", repr=False)  # of a KV store; empty: its settings say
-
-
-@dataclass(frozen=True, slots=True)
-class Listening:
-    """What comes of serving. `redis_url` is that of a Redis that the role started for all stores,
-    with its password."""
-
-    address: str
-    redis_url: str = field(default="", repr=False)
-
-
-class Actor(Protocol):
-    """One process of the deployment, as the supervisor sees it. Every call raises `ActorDied` when
-    the process is gone, and `DeploymentError` with the cause when the role refuses."""
-
-    async def load(self) -> Process:
-        """Import and read what the role needs; the slow part, which needs no peer."""
-        ...
-
-    async def serve(self, peers: Peers) -> Listening: ...
-
-    async def update(self, peers: Peers) -> None:
-        """Call these from now on. Of a KV store, whose peers come up after it."""
-        ...
-
-    async def num_requests(self) -> int: ...
-
-    async def stop(self, grace_seconds: float) -> None:
-        """Admit nothing more, finish what is under way within the grace time, stop listening."""
-        ...
-
-    def kill(self) -> None:
-        """End the process now; harmless when it is gone already."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """An actor as reported to operators."""
-
-    spec: ActorSpec
-    state: MemberState = MemberState.STARTING
-    address: str = ""
-    process: Process = Process(0, "")
-    num_requests: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    epoch: int
-    members: tuple[Member, ...]
-    supervisor: Process
 
 
 class Supervisor:
@@ -130,7 +43,7 @@ class Supervisor:
         # Creating does not wait: all processes come up at the same time.
         self._actors = {spec.name: create(spec) for spec in topology.actors}
         self._members = {spec.name: Member(spec) for spec in topology.actors}
-        self._redis_url = ""
+        self._redis: Redis | None = None
 
     async def start(self, timeout_seconds: float) -> str:
         """Load every role at once, then let them listen in order; returns the gateway's address.
@@ -197,10 +110,12 @@ class Supervisor:
 
     async def _serve(self, spec: ActorSpec) -> None:
         listening = await self._actors[spec.name].serve(self._peers(spec))
-        self._redis_url = self._redis_url or listening.redis_url
-        member = self._members[spec.name]
+        self._redis = self._redis or listening.redis
         self._members[spec.name] = replace(
-            member, address=listening.address, state=MemberState.READY
+            self._members[spec.name],
+            address=listening.address,
+            state=MemberState.READY,
+            kv_tokens=listening.kv_tokens,
         )
 
     async def _introduce(self, store: ActorSpec) -> None:
@@ -225,13 +140,15 @@ class Supervisor:
                 )
             case Role.KVSTORE:
                 others = tuple(row for row in self._store_addresses() if row[0] != spec.name)
-                return Peers(store_addresses=others, redis_url=self._redis_url)
+                return Peers(store_addresses=others, redis=self._redis)
             case Role.EXPERT:
                 return Peers()  # called by all, calls nobody
 
     def _place(self, worker: ActorSpec) -> WorkerPlace:
         store = self._topology.store_of(worker)
-        return WorkerPlace(worker.name, self._address(worker), store.name if store else "")
+        member = self._members[worker.name]
+        store_name = store.name if store else ""
+        return WorkerPlace(worker.name, member.address, store_name, member.kv_tokens)
 
     def _store_addresses(self) -> tuple[tuple[str, str], ...]:
         """Of those that listen."""

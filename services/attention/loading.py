@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from model1.checkpoint import load_experts, load_trunk
+from model1.checkpoint import load_config, load_experts, load_trunk
 from model1.kv_capacity import PoolCapacity
 from model1.kv_layout import KVFormat
 from model1.kv_pool import KVPool
@@ -17,6 +17,28 @@ from services.attention.engine import Engine, EngineConfig
 from services.attention.local import LocalExperts
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def capacity_within(
+    num_bytes: int,
+    directory: Path,
+    *,
+    dtype: str,
+    max_sequences: int,
+    max_step_tokens: int,
+    kv_format: str = KVFormat.NATIVE,
+    hot_entries: int | None = None,
+) -> PoolCapacity:
+    """What a pool of so many bytes on the device holds of this model. Raises a `ModelError`."""
+    return PoolCapacity.within(
+        num_bytes,
+        load_config(directory),
+        _DTYPES[dtype],
+        max_sequences=max_sequences,
+        max_step_tokens=max_step_tokens,
+        kv_format=KVFormat(kv_format),
+        hot_entries=hot_entries,
+    )
 
 
 def load_trunk_and_pool(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.kv_role import SHARED_MEMORY, claimed_folder, shared_memory
-from cluster.supervisor import DeploymentError
+from cluster.members import DeploymentError
 
 
 def test_stores_that_are_given_one_path_take_a_folder_each(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import pytest
 from cluster.client import End, Piece, Question, Unreachable, connected
 from cluster.config import Settings, load_settings
 from cluster.local import ask_here
+from cluster.members import Listening, Peers, Process, Snapshot
 from cluster.roles import Place, Serve, Serving, load_role
-from cluster.supervisor import Listening, Peers, Process, Snapshot, Supervisor
+from cluster.supervisor import Supervisor
 from cluster.topology import ActorSpec, Role, plan_topology
+from model1.errors import ConfigError
 from model1.kv_layout import KVFormat
 from services.generation import KvUsage
 from services.rpc import AddressUnavailable
@@ -113,6 +115,31 @@ async def test_the_context_on_offer_is_what_a_worker_can_hold(
     assert offered == 40
     assert isinstance(frames[-1], End)
     assert len(PROMPT) + frames[-1].completion_tokens <= 40
+
+
+async def test_a_budget_of_bytes_says_how_many_tokens_a_worker_holds(
+    tiny_checkpoint: Path, socket_folder: Path
+) -> None:
+    flags = {
+        "model.path": tiny_checkpoint,
+        "gateway.port": 0,
+        "attention.kv_bytes": 2**21,
+        "attention.hot_entries": 64,
+        "attention.max_sequences": 2,
+    }
+    settings = load_settings(environment={}, flags=flags)
+    expected = tiny_model.model().generate(PROMPT, max_tokens=9)
+    async with deployed_here(settings, socket_folder) as (at, _), connected(at) as client:
+        offered = (await client.model_info()).max_context_length
+        frames = [frame async for frame in client.ask(Question(prompt=PROMPT, max_tokens=9))]
+    assert 0 < offered <= tiny_model.CONTEXT
+    assert [t for f in frames if isinstance(f, Piece) for t in f.token_ids] == expected
+    too_few = settings.model_copy(
+        update={"attention": settings.attention.model_copy(update={"kv_bytes": 1000})}
+    )
+    with pytest.raises(ConfigError, match="not 1000"):
+        async with deployed_here(too_few, socket_folder):
+            pass
 
 
 async def test_only_the_owner_may_open_the_routers_socket(

@@ -6,19 +6,21 @@ from dataclasses import dataclass, field
 import pytest
 
 from cluster.config import TopologySettings
-from cluster.supervisor import (
+from cluster.members import (
     ActorDied,
     DeploymentError,
     Listening,
     MemberState,
     Peers,
     Process,
-    Supervisor,
+    Redis,
     WorkerPlace,
 )
+from cluster.supervisor import Supervisor
 from cluster.topology import ActorSpec, plan_topology
 
 OWN_PROCESS = Process(1, "node")
+REDIS = Redis("redis://here:1", "hush")
 TOPOLOGY = plan_topology(
     TopologySettings(attention_workers=2, expert_groups=2, expert_replicas=2),
     num_experts=4,
@@ -64,7 +66,8 @@ class StagedActor:
             raise DeploymentError(f"{self.name}: port in use")
         self.stage.log.append(f"serve {self.name}")
         self.stage.peers[self.name] = peers
-        return Listening(f"at-{self.name}", "redis://x" if self.name == "kvstore-0" else "")
+        redis = REDIS if self.name == "kvstore-0" else None
+        return Listening(f"at-{self.name}", kv_tokens=77, redis=redis)
 
     async def update(self, peers: Peers) -> None:
         self.stage.log.append(f"update {self.name}")
@@ -115,8 +118,8 @@ async def test_each_role_is_told_its_peers() -> None:
     gateway = stage.peers["gateway-0"]
     assert gateway.store_addresses == stores
     assert gateway.worker_addresses == (
-        WorkerPlace("attention-0", "at-attention-0", "kvstore-0"),
-        WorkerPlace("attention-1", "at-attention-1", "kvstore-1"),
+        WorkerPlace("attention-0", "at-attention-0", "kvstore-0", 77),
+        WorkerPlace("attention-1", "at-attention-1", "kvstore-1", 77),
     )
 
 
@@ -127,8 +130,8 @@ async def test_the_stores_learn_of_each_other_and_share_the_redis_of_the_first()
     first, second = stage.peers["kvstore-0"], stage.peers["kvstore-1"]
     assert first.store_addresses == (("kvstore-1", "at-kvstore-1"),)
     assert second.store_addresses == (("kvstore-0", "at-kvstore-0"),)
-    assert first.redis_url == second.redis_url == "redis://x"
-    assert "redis://x" not in repr(second)
+    assert first.redis == second.redis == REDIS
+    assert "hush" not in repr(second)
 
 
 async def test_a_lost_store_does_not_end_the_deployment() -> None:

@@ -1,0 +1,117 @@
+"""What the supervisor knows of a deployment's actors, and what it tells them of each other.
+
+Plain values, and the surface of an actor. Knows neither Ray nor what a role does.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from cluster.topology import ActorSpec
+
+
+class DeploymentError(Exception):
+    """The deployment cannot start or cannot go on; the message is one line and names the actor."""
+
+
+class ActorDied(DeploymentError):
+    """The process of an actor is gone."""
+
+
+class MemberState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """Where an actor runs."""
+
+    pid: int
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Redis:
+    """A Redis that one of our roles runs."""
+
+    url: str
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlace:
+    """Where an attention worker is, as a gateway needs it."""
+
+    name: str
+    address: str
+    store: str  # name of its node's KV store; empty: none
+    kv_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """Whom an actor is to call; each role reads the fields that concern it."""
+
+    replicas_of_expert: tuple[tuple[str, ...], ...] = ()  # addresses; of a router, with the epoch
+    epoch: int = 0
+    router_address: str = ""  # of an attention worker
+    store_address: str = ""  # of an attention worker; empty: its node has no KV store
+    worker_addresses: tuple[WorkerPlace, ...] = ()  # of a gateway
+    store_addresses: tuple[tuple[str, str], ...] = ()  # (name, address); of a gateway or a KV store
+    redis: Redis | None = None  # of a KV store; none: as its settings say
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """What comes of serving."""
+
+    address: str
+    kv_tokens: int = 0  # that an attention worker holds
+    redis: Redis | None = None  # that a KV store started, for all of them
+
+
+class Actor(Protocol):
+    """One process of the deployment, as the supervisor sees it. Every call raises `ActorDied` when
+    the process is gone, and `DeploymentError` with the cause when the role refuses."""
+
+    async def load(self) -> Process:
+        """Import and read what the role needs; the slow part, which needs no peer."""
+        ...
+
+    async def serve(self, peers: Peers) -> Listening: ...
+
+    async def update(self, peers: Peers) -> None:
+        """Call these from now on. Of a KV store, whose peers come up after it."""
+        ...
+
+    async def num_requests(self) -> int: ...
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Admit nothing more, finish what is under way within the grace time, stop listening."""
+        ...
+
+    def kill(self) -> None:
+        """End the process now; harmless when it is gone already."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An actor as reported to operators."""
+
+    spec: ActorSpec
+    state: MemberState = MemberState.STARTING
+    address: str = ""
+    process: Process = Process(0, "")
+    num_requests: int = 0
+    kv_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    epoch: int
+    members: tuple[Member, ...]
+    supervisor: Process
