@@ -40,6 +40,8 @@ class KvCacheConfig:
     idle_seconds: float = 300.0
     # A request waits at most so long for the tiers.
     load_timeout_seconds: float = 10.0
+    # It waits so long even where computing is predicted to be faster: measured costs err.
+    load_patience_seconds: float = 1.0
     # Tails in the worker's own memory, at least two for each running sequence.
     staging_bytes: int = 256 * 2**20
     # Blocks that wait for the block store stay on the device.
@@ -50,6 +52,7 @@ class KvCacheConfig:
             "resume_every_blocks",
             "idle_seconds",
             "load_timeout_seconds",
+            "load_patience_seconds",
             "staging_bytes",
             "max_writeback_bytes",
         ):
@@ -102,6 +105,7 @@ class KvCache:
                 store=store,
                 tails=self._tails,
                 costs=self.costs,
+                min_patience_s=config.load_patience_seconds,
                 load_timeout_s=config.load_timeout_seconds,
             ),
             resume_every_blocks=config.resume_every_blocks,

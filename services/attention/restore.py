@@ -15,9 +15,6 @@ from services.attention.cost_model import CostModel, Places, Source
 from services.attention.restore_plan import RestorePlan
 from services.attention.tails import Tail, TailCache
 
-# A load that takes longer than computing is given up, but not before so long: measured costs err.
-MIN_PATIENCE_S = 1.0
-
 WriteBody: TypeAlias = Callable[[int, memoryview], None]  # (number of the block, its bytes)
 
 
@@ -39,6 +36,9 @@ class RestoreParts:
     store: BlockStore | None
     tails: TailCache
     costs: CostModel
+    # A load that takes longer than computing is given up, but not before so long, and after so long
+    # however long computing takes.
+    min_patience_s: float
     load_timeout_s: float
 
 
@@ -136,7 +136,7 @@ class Restore:
         loop = asyncio.get_running_loop()
         plan = self.plan()
         saved_s = self._parts.costs.compute_seconds(len(self._missing(plan)[0]))
-        patience_s = min(self._parts.load_timeout_s, max(MIN_PATIENCE_S, saved_s))
+        patience_s = min(self._parts.load_timeout_s, max(self._parts.min_patience_s, saved_s))
         deadline_s = loop.time() + patience_s
         while True:
             self.hold_tails(plan)
@@ -183,7 +183,7 @@ class Restore:
             if self._has_tail(index):
                 return
             if self._found.tails[index] is not None:
-                deadline_s = asyncio.get_running_loop().time() + MIN_PATIENCE_S
+                deadline_s = asyncio.get_running_loop().time() + self._parts.min_patience_s
                 await self._load([], [index], _no_bodies, deadline_s)
                 return
 

@@ -110,6 +110,9 @@ async def _ask_and_leave(
                 async for _ in stream:
                     pass
         except TimeoutError:
+            if stream.has_ended:  # at that very moment
+                report.finished += 1
+                return
             report.aborted += 1
             if leaves:
                 return

@@ -51,6 +51,11 @@ class TwoNodes:
             await self.peer.do("flush")
             await self.peer.drop(Tier.DISK, keys)
 
+    async def drop(self, key: bytes, tier: Tier) -> None:
+        """From a tier in which it was isolated."""
+        holder, its_tier = (self.peer, Tier.RAM) if tier is Tier.PEER else (self.home, tier)
+        assert await holder.drop(its_tier, [key]) == 1
+
     async def restart_home(self) -> None:
         """After its end, at the same address and over the same files."""
         self.home = await StoreProcess.start(self.home.config)

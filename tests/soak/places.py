@@ -55,13 +55,17 @@ class SessionKeys(NamedTuple):
         """What a worker that has computed these tokens has stored of them."""
         chain = KeyChain(root)
         chain.extend(tokens)
-        num_blocks = len(chain.body_keys)
-        boundaries = {*range(resume_every, num_blocks + 1, resume_every), num_blocks} - {0}
-        return cls(chain.body_keys, [chain.tail_key(boundary) for boundary in sorted(boundaries)])
+        boundaries = resume_boundaries(len(chain.body_keys), resume_every)
+        return cls(chain.body_keys, [chain.tail_key(boundary) for boundary in boundaries])
 
     @property
     def all(self) -> list[bytes]:
         return [*self.bodies, *self.tails]
+
+
+def resume_boundaries(num_blocks: int, resume_every: int) -> list[int]:
+    """Where so many computed blocks can be resumed: at every N-th boundary and at the last."""
+    return sorted({*range(resume_every, num_blocks + 1, resume_every), num_blocks} - {0})
 
 
 def spread(keys: SessionKeys, pair: Pair) -> dict[Place, list[bytes]]:

@@ -37,6 +37,8 @@ WAVE_SESSIONS = 128
 # Less than the sessions of a wave need: blocks leave the device for want of room as well.
 POOL_TOKENS = 16 * LONGEST_TOKENS
 MAX_STEP_TOKENS = 512
+# On a machine with other things to do: what is stored must be loaded, not given up.
+LOAD_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -154,7 +156,11 @@ async def running_worker(nodes: TwoNodes) -> AsyncIterator[Worker]:
         await client.wait_connected()
     config = EngineConfig(
         limits=SchedulerLimits(max_batch_tokens=MAX_STEP_TOKENS, max_sequences=CONCURRENT_SESSIONS),
-        kv=KvCacheConfig(resume_every_blocks=RESUME_EVERY_BLOCKS, load_timeout_seconds=60.0),
+        kv=KvCacheConfig(
+            resume_every_blocks=RESUME_EVERY_BLOCKS,
+            load_timeout_seconds=LOAD_SECONDS,
+            load_patience_seconds=LOAD_SECONDS,
+        ),
     )
     engine = Engine(
         trunk,

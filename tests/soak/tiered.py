@@ -128,17 +128,17 @@ class TieredRun:
                 self.resumes.count(pair, usage)
             pair = None
             if len(answers) < len(session.turns):
-                keys = self._keys(session, answers)
+                keys = self.keys_of(session, answers)
                 if keys.bodies:
                     pair = next(self._pairs)
-                    await self._until_stored(keys)
+                    await self.until_stored(keys)
                     await self.put(keys, pair)
                 else:
                     self.resumes.without_blocks += 1
 
     async def scatter(self, session: Session, pair: Pair) -> None:
         """Move the blocks of a session that was played."""
-        keys = self._keys(session, self._answers[session.name])
+        keys = self.keys_of(session, self._answers[session.name])
         if keys.bodies:
             await self.put(keys, pair)
 
@@ -149,7 +149,7 @@ class TieredRun:
                 self._engine.release(chosen)
                 await self._nodes.put(chosen, place.tier)
 
-    async def _until_stored(self, keys: SessionKeys) -> None:
+    async def until_stored(self, keys: SessionKeys) -> None:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + STORED_TIMEOUT_SECONDS
         missing = keys.all
@@ -166,7 +166,7 @@ class TieredRun:
             )
             await asyncio.sleep(_POLL_SECONDS)
 
-    def _keys(self, session: Session, answers: Sequence[tuple[int, ...]]) -> SessionKeys:
+    def keys_of(self, session: Session, answers: Sequence[tuple[int, ...]]) -> SessionKeys:
         """Of what is computed: the last token is said, but nothing was computed from it yet."""
         root = root_key(MODEL_DIGEST, self._pool.layout_digest, session.cache_salt)
         return SessionKeys.of(root, said_so_far(session, answers)[:-1], RESUME_EVERY_BLOCKS)

@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SHORTEST_TOKENS = 4
+SHORTEST_TOKENS = 16
 LONGEST_TOKENS = 8192
 # So many neighbours draw from the same few documents; some of them are live together.
 DOCUMENT_SESSIONS = 64

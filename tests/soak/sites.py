@@ -1,0 +1,102 @@
+"""Where each tier keeps its blobs, for somebody who has no business there."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from services.kvstore.tier import Tier
+from tests.soak.damage import HEADER_BYTES
+from tests.soak.nodes import TwoNodes
+from tests.soak.store_process import StoreProcess
+
+# In a blob's header.
+_KEY_OFFSET = 32
+_PAYLOAD_NBYTES = struct.Struct("<24xQ")
+
+
+class Site(Protocol):
+    """The blobs of a tier, past everybody who guards them. Keys that are not there are an error."""
+
+    @property
+    def tier(self) -> Tier: ...
+
+    async def read(self, nodes: TwoNodes, keys: Sequence[bytes]) -> list[bytes]: ...
+
+    async def write(self, nodes: TwoNodes, keys: Sequence[bytes], blobs: Sequence[bytes]) -> None:
+        """Put these bytes in the place of each blob; what is longer than the place is cut."""
+
+
+class _Span(NamedTuple):
+    path: Path
+    offset: int
+    nbytes: int
+
+
+class ArenaSite:
+    """The shared memory of the home node's store, or of the peer's."""
+
+    def __init__(self, tier: Tier) -> None:
+        assert tier is Tier.RAM or tier is Tier.PEER
+        self.tier = tier
+
+    async def read(self, nodes: TwoNodes, keys: Sequence[bytes]) -> list[bytes]:
+        return _read(await self._spans(nodes, keys))
+
+    async def write(self, nodes: TwoNodes, keys: Sequence[bytes], blobs: Sequence[bytes]) -> None:
+        _write(await self._spans(nodes, keys), blobs)
+
+    async def _spans(self, nodes: TwoNodes, keys: Sequence[bytes]) -> list[_Span]:
+        store: StoreProcess = nodes.home if self.tier is Tier.RAM else nodes.peer
+        path = Path(await store.do("arena"))
+        spans = await store.do("spans", keys=[key.hex() for key in keys])
+        return [_Span(path, offset, nbytes) for offset, nbytes in spans]
+
+
+class DiskSite:
+    """The segment files of the home node's store."""
+
+    tier = Tier.DISK
+
+    async def read(self, nodes: TwoNodes, keys: Sequence[bytes]) -> list[bytes]:
+        return _read(self._spans(nodes, keys))
+
+    async def write(self, nodes: TwoNodes, keys: Sequence[bytes], blobs: Sequence[bytes]) -> None:
+        _write(self._spans(nodes, keys), blobs)
+
+    def _spans(self, nodes: TwoNodes, keys: Sequence[bytes]) -> list[_Span]:
+        found: dict[bytes, _Span] = {}
+        for path in sorted(nodes.home_disk.iterdir()):
+            if path.is_file() and path.stat().st_size > HEADER_BYTES:
+                found |= _find(path, keys)
+        return [found[key] for key in keys]
+
+
+def _find(path: Path, keys: Sequence[bytes]) -> dict[bytes, _Span]:
+    """Where the file has the blobs of these keys; of several of one key the last, which counts."""
+    found = {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+        for key in keys:
+            if (at := content.rfind(key)) >= 0:
+                start = at - _KEY_OFFSET
+                (payload_nbytes,) = _PAYLOAD_NBYTES.unpack_from(content, start)
+                found[key] = _Span(path, start, HEADER_BYTES + payload_nbytes)
+    return found
+
+
+def _read(spans: Sequence[_Span]) -> list[bytes]:
+    blobs = []
+    for path, offset, nbytes in spans:
+        with path.open("rb") as file:
+            blobs.append(os.pread(file.fileno(), nbytes, offset))
+    return blobs
+
+
+def _write(spans: Sequence[_Span], blobs: Sequence[bytes]) -> None:
+    for (path, offset, nbytes), blob in zip(spans, blobs, strict=True):
+        with path.open("r+b") as file:
+            os.pwrite(file.fileno(), blob[:nbytes], offset)
