@@ -283,10 +283,7 @@ class ColdTier:
         ]
 
     def _forget(self, keys: Sequence[bytes], lengths: Sequence[int]) -> int:
-        """Drop blobs and what the index says of them; how many were indexed.
-
-        Nothing here needs memory, so it works when the server has none left.
-        """
+        """Drop blobs and what the index says of them; how many were indexed."""
         commands: list[Command] = []
         for key, length in zip(keys, lengths, strict=True):
             # A blob that is not indexed has a first part at most: anything else expires.
@@ -295,8 +292,11 @@ class ColdTier:
             commands.append(("HDEL", _LENGTHS, key))
         were_indexed = self._link.batch(commands, writes=False)[2::3]
         freed = sum(length for length, was in zip(lengths, were_indexed, strict=True) if was)
-        if freed:
-            self._used_bytes = self._link.call("DECRBY", _SUM, freed, writes=False)
+        if freed and self._link.is_writable:
+            self._used_bytes = self._link.call("DECRBY", _SUM, freed, writes=True)
+        elif freed:  # a server without memory lets us drop blobs, but not count
+            self._used_bytes -= freed
+            self._recount_at = -math.inf
         return sum(map(bool, were_indexed))
 
     def _shrink_if_full(self) -> None:
