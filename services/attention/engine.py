@@ -291,16 +291,13 @@ class Engine:
             self._end(live, live.ending or error)
 
     def _count(self, slices: list[Slice[RequestKv]], seconds: float) -> None:
-        counters = self._counters
-        num_tokens = sum(piece.end - piece.start for piece in slices)
-        self._kv.costs.observe_step(num_tokens, seconds)
-        counters.steps += 1
-        counters.largest_batch_tokens = max(counters.largest_batch_tokens, num_tokens)
-        counters.prompt_tokens += sum(
-            max(0, min(piece.end, piece.sequence.num_prompt_tokens) - piece.start)
-            for piece in slices
+        batch_tokens = sum(piece.num_tokens for piece in slices)
+        self._kv.costs.observe_step(batch_tokens, seconds)
+        self._counters.stepped(
+            prompt_tokens=sum(piece.num_prompt_tokens for piece in slices),
+            completion_tokens=sum(piece.wants_token for piece in slices),
+            batch_tokens=batch_tokens,
         )
-        counters.completion_tokens += sum(piece.wants_token for piece in slices)
 
 
 def _late(live: _Live) -> DeadlineExceeded:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from model1.kv_pool import KVPool
 from services.attention.block_store import BlockStore
 from services.attention.cost_model import CostModel
+from services.attention.history import HistoryParts
 from services.attention.request_kv import RequestKv, RequestKvParts
 from services.attention.restore import RestoreParts
 from services.attention.stats import KvCounters, KvStats
@@ -97,10 +98,13 @@ class KvCache:
             else None
         )
         self._parts = RequestKvParts(
-            pool=pool,
-            tails=self._tails,
-            write_back=self._write_back,
-            counters=self.counters,
+            history=HistoryParts(
+                pool=pool,
+                tails=self._tails,
+                write_back=self._write_back,
+                counters=self.counters,
+                resume_every_blocks=config.resume_every_blocks,
+            ),
             restore=RestoreParts(
                 store=store,
                 tails=self._tails,
@@ -108,7 +112,6 @@ class KvCache:
                 min_patience_s=config.load_patience_seconds,
                 load_timeout_s=config.load_timeout_seconds,
             ),
-            resume_every_blocks=config.resume_every_blocks,
             spawn=self._spawn,
             on_change=on_change,
         )

@@ -1,9 +1,8 @@
-"""What one request holds of the KV cache: its blocks, and where in its history it stands.
+"""What one request holds of the KV cache, from its arrival to its end.
 
-From arrival to the end: look up what is known of the prompt; take the blocks, shared ones first;
-load what is worth it; then, as steps go on, name finished blocks, keep tails at resume points and
-offer both to write-back. Where bodies were missing, the sequence *jumps*: it computes up to the end
-of the gap, and goes on from a later tail::
+It looks up what is known of the prompt, takes its blocks, shared ones first, and loads what is
+worth it. Where bodies were missing, the sequence *jumps*: it computes up to the end of the gap, and
+goes on from a later tail::
 
     0        8        16   19      24           31
     |--------|--------|-x--|-------|------------|      x: the body of this block was missing
@@ -17,15 +16,13 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from model1.kv_pool import KVHandle, KVPool
+from model1.kv_pool import KVHandle
 from services.attention.cost_model import Places, Source, free_plan
+from services.attention.history import History, HistoryParts
 from services.attention.restore import PromptKeys, Restore, RestoreParts
 from services.attention.restore_plan import RestorePlan
-from services.attention.stats import KvCounters
-from services.attention.tails import Tail, TailCache
-from services.attention.writeback import WriteBack
+from services.attention.tails import Tail
 from services.generation import GenerationRequest, KvUsage
-from services.kv_keys import KeyChain
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +33,8 @@ Spawn: TypeAlias = Callable[[Coroutine[object, object, None]], "asyncio.Task[Non
 class RequestKvParts:
     """What the requests of a worker share."""
 
-    pool: KVPool
-    tails: TailCache
-    write_back: WriteBack | None
-    counters: KvCounters
+    history: HistoryParts
     restore: RestoreParts
-    resume_every_blocks: int
     spawn: Spawn
     on_change: Callable[[], None]
 
@@ -52,15 +45,6 @@ class _Jump(NamedTuple):
     start: int  # boundaries, in blocks
     end: int
     tail: Tail
-
-
-class _LastTail(NamedTuple):
-    """The latest boundary at which the sequence could be resumed."""
-
-    tail: Tail
-    boundary: int
-    is_resume_point: bool  # one of every N; else only the last of a turn is of use
-    is_saved: bool
 
 
 class _Hoped(NamedTuple):
@@ -78,48 +62,38 @@ class RequestKv:
         self.usage = KvUsage(computed_tokens=len(request.token_ids))
         self._request = request
         self._parts = parts
-        self._block_tokens = parts.pool.layout.block_tokens
-        self._chain = KeyChain(root, block_tokens=self._block_tokens)
-        self._chain.extend(request.token_ids)
+        self._pool = parts.history.pool
+        self._history = History(root, request.token_ids, parts.history)
+        self._block_tokens = self._history.block_tokens
         # At least one token of the prompt is computed: its logits are wanted.
         num_blocks = (len(request.token_ids) - 1) // self._block_tokens
-        self._restore = Restore(
-            PromptKeys(
-                self._chain.body_keys[:num_blocks],
-                [self._chain.tail_key(boundary) for boundary in range(1, num_blocks + 1)],
-            ),
-            parts.restore,
+        chain = self._history.chain
+        keys = PromptKeys(
+            chain.body_keys[:num_blocks],
+            [chain.tail_key(boundary) for boundary in range(1, num_blocks + 1)],
         )
-        self._is_located = False
+        self._restore = Restore(keys, parts.restore)
         self._handle: KVHandle | None = None
         self._jumps: deque[_Jump] = deque()
-        self._num_named = 0  # blocks
-        self._unsaved: list[int] = []  # blocks that found no room in the write-back
-        self._last_tail: _LastTail | None = None
         self._hoped = _Hoped(Counter(), 0)
         self._has_ended = False
-        self._work: asyncio.Task[None] | None = None
-        self._find_out()
-
-    # What the scheduler asks.
+        self._work: asyncio.Task[None] | None = None  # looking up, later loading
+        self._look_up()
 
     @property
     def is_ready(self) -> bool:
         if self._work is None:
-            self._find_out()
+            self._look_up()
         return self._work is None
 
     @property
     def has_room(self) -> bool:
-        shared = self._shared_blocks()
-        return self._parts.pool.can_allocate(self._request.max_total_tokens, shared)
+        return self._pool.can_allocate(self._request.max_total_tokens, self._shared_blocks())
 
     def take(self) -> None:
-        pool, restore = self._parts.pool, self._restore
-        shared = self._shared_blocks()
-        self._handle = pool.allocate(self._request.max_total_tokens, shared)
+        restore, shared = self._restore, self._shared_blocks()
+        self._handle = self._pool.allocate(self._request.max_total_tokens, shared)
         restore.share(len(shared))
-        self._num_named = len(shared)
         plan = restore.plan()
         self._hoped = _Hoped(_hits(restore.places()), plan.num_loaded)
         restore.hold_tails(plan)
@@ -143,26 +117,15 @@ class RequestKv:
 
     @property
     def next_stop(self) -> int:
-        """The next boundary at which a tail is read or a jump begins."""
-        done = self.num_tokens // self._block_tokens
-        every = self._parts.resume_every_blocks
-        stops = [(done // every + 1) * every]
-        last = len(self._request.token_ids) // self._block_tokens
-        if done < last:
-            stops.append(last)
+        stop = self._history.next_stop(self.num_tokens)
         if self._jumps:
-            stops.append(self._jumps[0].start)
-        return min(stops) * self._block_tokens
+            stop = min(stop, self._jumps[0].start)
+        return stop * self._block_tokens
 
     def computed(self, token_ids: list[int]) -> None:
-        num_tokens = self.handle.num_tokens
-        self._chain.extend(token_ids[self._chain.num_tokens : num_tokens])
-        boundary, rest = divmod(num_tokens, self._block_tokens)
-        self._name_blocks(boundary)
-        if rest == 0:
-            self._keep_tail(boundary)
-            if self._jumps and self._jumps[0].start == boundary:
-                self._jump()
+        self._history.computed(self.handle, token_ids)
+        if self._jumps and self._jumps[0].start * self._block_tokens == self.num_tokens:
+            self._jump()
 
     def give_back(self) -> None:
         self._has_ended = True
@@ -173,35 +136,33 @@ class RequestKv:
         else:
             self._free()
 
-    # Looking up and loading.
-
-    def _find_out(self) -> None:
+    def _look_up(self) -> None:
         """Ask the store, once, unless all that is needed is on the device."""
         store = self._parts.restore.store
-        if self._is_located or store is None or not store.connected or self._has_ended:
+        if self._restore.is_located or store is None or not store.connected:
             return
         if len(self._shared_blocks()) < len(self._restore.keys):
-            self._is_located = True
             self._work = self._parts.spawn(self._locate())
 
     def _shared_blocks(self) -> list[int]:
         """The first blocks, as far as they are on the device and can be resumed after."""
-        blocks = self._parts.pool.lookup(self._restore.keys.bodies)
+        blocks = self._pool.lookup(self._restore.keys.bodies)
         return blocks[: self._restore.shareable(len(blocks))]
 
     async def _locate(self) -> None:
         try:
-            blocks = self._parts.pool.lookup(self._restore.keys.bodies)
+            blocks = self._pool.lookup(self._restore.keys.bodies)
             await self._restore.locate(len(blocks))
         except Exception:
             log.exception("kv_lookup_failed request_id=%s", self._request.request_id)
         self._work_ended()
 
     async def _load(self) -> None:
-        blocks = self.handle.blocks.tolist()
-        write_body = self._parts.pool.write_body
+        blocks, pool = self.handle.blocks.tolist(), self._pool
         try:
-            plan = await self._restore.load(lambda index, data: write_body(blocks[index], data))
+            plan = await self._restore.load(
+                lambda index, data: pool.write_body(blocks[index], data)
+            )
         except Exception:
             log.exception("kv_restore_failed request_id=%s", self._request.request_id)
             plan = self._restore.give_up()
@@ -216,118 +177,54 @@ class RequestKv:
 
     def _begin(self, plan: RestorePlan) -> None:
         """Everything that the plan loads is in place: go."""
+        restore = self._restore
         self._count(plan)
+        self._history.begin(restore.num_shared, restore.unsaved(), restore.loaded())
         for load in plan.loads:
-            self._jumps.append(_Jump(load.start, load.end, self._restore.take_tail(load.end)))
-        self._restore.release()
+            self._jumps.append(_Jump(load.start, load.end, restore.take_tail(load.end)))
+        restore.release()
         if self._jumps and self._jumps[0].start == 0:
             self._jump()
 
     def _jump(self) -> None:
         jump = self._jumps.popleft()
-        self._parts.pool.write_tail(
-            self.handle, jump.end * self._block_tokens, jump.tail.buffer.toreadonly()
-        )
-        self._name_blocks(jump.end)
-        self._set_last_tail(_LastTail(jump.tail, jump.end, is_resume_point=True, is_saved=False))
-
-    # Keeping what was computed.
-
-    def _name_blocks(self, boundary: int) -> None:
-        """The blocks before the boundary are complete."""
-        for index in range(self._num_named, boundary):
-            self._parts.pool.name(self.handle, index, self._chain.body_keys[index])
-            origins = self._restore.origins
-            if index >= len(origins) or origins[index] is None:
-                self._unsaved.append(index)
-        self._num_named = max(self._num_named, boundary)
-        self._save_blocks()
-
-    def _save_blocks(self) -> None:
-        write_back = self._parts.write_back
-        if write_back is None:
-            self._unsaved.clear()
-            return
-        self._unsaved = [
-            index
-            for index in self._unsaved
-            if not write_back.offer_body(
-                self._chain.body_keys[index], int(self.handle.blocks[index]), index
-            )
-        ]
-
-    def _keep_tail(self, boundary: int) -> None:
-        """The sequence stands at a boundary: read its tail if it may be resumed there."""
-        is_resume_point = boundary % self._parts.resume_every_blocks == 0
-        is_in_prompt = boundary < len(self._request.token_ids) // self._block_tokens
-        if is_in_prompt and not is_resume_point:
-            return
-        tails = self._parts.tails
-        slot = tails.reserve()
-        if slot is None:
-            self._parts.counters.dropped_blobs += 1
-            return
-        self._parts.pool.read_tail(self.handle, slot.buffer)
-        tail = tails.publish(slot, self._chain.tail_key(boundary))
-        self._set_last_tail(_LastTail(tail, boundary, is_resume_point, is_saved=False))
-        if is_resume_point:
-            self._save_last_tail()
-
-    def _set_last_tail(self, last: _LastTail | None) -> None:
-        before, self._last_tail = self._last_tail, last
-        if before is None:
-            return
-        if before.is_resume_point or last is None:
-            self._parts.tails.release(before.tail)
-        else:
-            self._parts.tails.supersede(before.tail)
-
-    def _save_last_tail(self) -> None:
-        last, write_back = self._last_tail, self._parts.write_back
-        if last is None or last.is_saved or write_back is None:
-            return
-        if write_back.offer_tail(last.tail, last.boundary * self._block_tokens):
-            self._last_tail = last._replace(is_saved=True)
-        else:
-            self._parts.counters.dropped_blobs += 1
+        position = jump.end * self._block_tokens
+        self._pool.write_tail(self.handle, position, jump.tail.buffer.toreadonly())
+        self._history.jumped(self.handle, jump.tail)
 
     def _free(self) -> None:
         if self._handle is not None:
-            self._save_blocks()
-            self._parts.counters.dropped_blobs += len(self._unsaved)
-            self._save_last_tail()
-            self._parts.pool.free(self._handle)
+            self._history.end(self._handle)
+            self._pool.free(self._handle)
             self._handle = None
-        self._set_last_tail(None)
         for jump in self._jumps:
-            self._parts.tails.release(jump.tail)
+            self._parts.history.tails.release(jump.tail)
         self._jumps.clear()
         self._restore.release()
         self._work = None
         self._parts.on_change()
 
-    # Counting, in blocks here and in tokens in the counters.
-
     def _count(self, plan: RestorePlan) -> None:
         """The sequence begins: what was offered, what came of it, what is left to compute."""
-        counters, hoped, was_late = self._parts.counters, self._hoped, self._restore.was_late
+        counters, hoped = self._parts.history.counters, self._hoped
         restored = Counter[Source]()
         for load in plan.loads:
             restored.update(_known(self._restore.origins[load.start : load.end]))
-        num_prompt = len(self._request.token_ids)
         tokens = {source: restored[source] * self._block_tokens for source in Source}
-        computed = num_prompt - sum(tokens.values())
-        skipped = hoped.hits.total() - hoped.num_planned
-        lost = max(0, hoped.num_planned - plan.num_loaded)
-        counters.asked_tokens += num_prompt
+        computed = len(self._request.token_ids) - sum(tokens.values())
+        counters.asked_tokens += len(self._request.token_ids)
         counters.computed_tokens += computed
         counters.restored_tokens.update(tokens)
         for source in Source:  # another request may have brought something nearer since
             most = max(hoped.hits[source], restored[source])
             counters.hit_tokens[source] += most * self._block_tokens
+        skipped = hoped.hits.total() - hoped.num_planned
+        lost = max(0, hoped.num_planned - plan.num_loaded)
         counters.skipped_tokens += skipped * self._block_tokens
-        counters.late_tokens += lost * self._block_tokens if was_late else 0
-        counters.failed_tokens += lost * self._block_tokens if not was_late else 0
+        if self._restore.was_late:
+            counters.late_tokens += lost * self._block_tokens
+        else:
+            counters.failed_tokens += lost * self._block_tokens
         self.usage = KvUsage(
             device_tokens=tokens[Source.DEVICE],
             ram_tokens=tokens[Source.RAM],

@@ -58,6 +58,8 @@ class Restore:
         # Which bodies are in place, and where they were before.
         self.origins: list[Source | None] = [None] * len(keys)
         self.was_late = False
+        self.is_located = False
+        self.num_shared = 0
         self._parts = parts
         self._found = _Found([None] * len(keys), [None] * len(keys))
         self._held: dict[int, Tail] = {}  # by the number of the block that they follow
@@ -70,6 +72,7 @@ class Restore:
 
     def share(self, num_blocks: int) -> None:
         """So many blocks, as many as `shareable` said, are in place: they were on the device."""
+        self.num_shared = num_blocks
         self.origins[:num_blocks] = [Source.DEVICE] * num_blocks
         if num_blocks:  # whatever fails later, none of these is computed again
             self._hold_tail(num_blocks - 1)
@@ -106,6 +109,16 @@ class Restore:
             self._parts.tails.release(tail)
         self._held.clear()
 
+    def loaded(self) -> list[int]:
+        """The blocks that came from the store."""
+        return [index for index, origin in enumerate(self.origins) if origin]
+
+    def unsaved(self) -> list[int]:
+        """The shared blocks that the store does not have, as far as it was asked."""
+        if not self.is_located:
+            return []
+        return [index for index in range(self.num_shared) if self._found.bodies[index] is None]
+
     def is_in_place(self, plan: RestorePlan) -> bool:
         """Nothing of the plan has to be loaded."""
         return not any(self._missing(plan))
@@ -117,6 +130,7 @@ class Restore:
         """
         store, keys = self._parts.store, self.keys
         assert store is not None
+        self.is_located = True
         tiers = await store.locate([*keys.bodies, *keys.tails])
         found = [None if tier is None else Source(tier) for tier in tiers]
         self._found = _Found(found[: len(keys)], found[len(keys) :])

@@ -48,6 +48,14 @@ class Slice(NamedTuple, Generic[Claim]):
         """The step reaches the end of what is known, so it yields the next token."""
         return self.end == len(self.sequence.token_ids)
 
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return max(0, min(self.end, self.sequence.num_prompt_tokens) - self.start)
+
 
 class Scheduler(Generic[Claim]):
     """Owner of all live sequences of a worker."""
@@ -89,7 +97,7 @@ class Scheduler(Generic[Claim]):
             if budget == 0:
                 break
             slices.append(_slice(sequence, budget))
-            budget -= slices[-1].end - slices[-1].start
+            budget -= slices[-1].num_tokens
         return slices
 
     def computed(self, done: Slice[Claim], token_id: int | None) -> FinishReason | None:

@@ -55,6 +55,12 @@ class Counters:
         default_factory=lambda: deque(maxlen=MAX_REMEMBERED_CROSSINGS)
     )
 
+    def stepped(self, *, prompt_tokens: int, completion_tokens: int, batch_tokens: int) -> None:
+        self.steps += 1
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
+        self.largest_batch_tokens = max(self.largest_batch_tokens, batch_tokens)
+
     def crossed(self, crossing: Crossing) -> None:
         self.layer_crossings += 1
         self._crossings.append(crossing)

@@ -111,13 +111,13 @@ class MemoryStore:
     def _load(self, index: int, key: bytes, consume: Callable[[int, memoryview], None]) -> bool:
         try:
             payload = open_blob(
-                memoryview(self.blobs[key]),
+                memoryview(self.blobs.get(key, b"")),  # gone since: truncated
                 key=key,
                 model_digest=MODEL_DIGEST,
                 layout_digest=self._layout_digest,
             )
         except Damaged:
-            del self.blobs[key]
+            self.blobs.pop(key, None)
             return False
         consume(index, payload)
         return True

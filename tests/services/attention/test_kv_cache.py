@@ -234,3 +234,39 @@ async def test_idle_blocks_leave_the_device_by_themselves() -> None:
             while worker.pool.usage().cached_blocks:  # noqa: ASYNC110 nobody waits for it
                 await asyncio.sleep(0.02)
         assert await worker.ask(prompt_of(700)) == KvUsage(ram_tokens=640, computed_tokens=60)
+
+
+async def test_blocks_whose_saving_failed_are_saved_when_they_are_used_again() -> None:
+    prompt = prompt_of(700)
+    async with Worker().running() as worker:
+        worker.store.error = RuntimeError("boom")
+        await worker.ask(prompt)
+        await worker.written_back()
+        worker.store.error = None
+        assert not worker.store.blobs
+        longer = prompt + prompt_of(300, seed=2)
+        assert await worker.ask(longer) == KvUsage(device_tokens=640, computed_tokens=360)
+        await worker.written_back()
+        assert len(worker.store.bodies()) == 7
+    assert await restored(worker.store, longer) == KvUsage(ram_tokens=896, computed_tokens=104)
+
+
+async def test_two_requests_that_wait_for_one_damaged_block_both_come_out_right() -> None:
+    prompt, draw = prompt_of(WHOLE_PROMPT), random.Random(1)
+    store = await filled_store(prompt)
+    store.damage(store.bodies()[9], draw)
+    async with Worker(store=store).running() as worker:
+        usages = await asyncio.gather(worker.ask(prompt), worker.ask(prompt))
+    for usage in usages:
+        assert usage == KvUsage(ram_tokens=13 * BLOCK, computed_tokens=2 * BLOCK + 80)
+
+
+@pytest.mark.parametrize("num_tokens", [127, 128, 129, 255, 256, 257, 1025])
+async def test_turns_at_every_side_of_a_boundary(num_tokens: int) -> None:
+    history = prompt_of(num_tokens)
+    async with Worker().running() as worker:
+        for _ in range(3):
+            await worker.ask(history, num_tokens=3)
+            await worker.forget_device()
+            history += answer(history, 3).token_ids
+        assert len(worker.store.bodies()) == (len(history) - 1) // BLOCK
