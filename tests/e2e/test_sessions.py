@@ -2,39 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
 from protos import inference_pb2, inference_pb2_grpc
 from tests.e2e.command import Served, run, run_json, served, wait_until_gone
-from tests.services import tiny_model
+from tests.e2e.turns import BLOCKS_TOKENS, PROMPT, SESSION, generated, kv_tokens, turn
 
 pytestmark = pytest.mark.timeout(300)
-
-PROMPT = tiny_model.prompt(300)  # two whole blocks, and more
-BLOCKS_TOKENS = 256
-MAX_TOKENS = 8
-SESSION = ("--session", "tea")
-
-
-def turn(deployment: Served, prompt: tuple[int, ...], *flags: str) -> dict[str, Any]:
-    answer: dict[str, Any] = run_json(
-        *("generate", "--token-ids", ",".join(map(str, prompt)), "--max-tokens", str(MAX_TOKENS)),
-        *("--endpoint", deployment.endpoint, *flags),
-    )
-    return answer
-
-
-def generated(history: tuple[int, ...]) -> list[int]:
-    """By one process that has never seen a tier."""
-    return tiny_model.model().generate(history, max_tokens=MAX_TOKENS)
-
-
-def kv_tokens(answer: dict[str, Any]) -> dict[str, int]:
-    """What is not zero of where the prompt's KV came from."""
-    return {name: num for name, num in answer["usage"]["kv"].items() if num}
 
 
 def test_a_session_outlives_the_deployment(tiny_checkpoint: Path, tmp_path: Path) -> None:
