@@ -59,18 +59,16 @@ class StoreMessage(_message.Message):
     def __init__(self, call_id: _Optional[int] = ..., located: _Optional[_Union[Located, _Mapping]] = ..., granted: _Optional[_Union[Granted, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("client_id", "worker", "held_leases", "model_digest", "layout_digest")
+    __slots__ = ("client_id", "worker", "model_digest", "layout_digest")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
-    HELD_LEASES_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     worker: str
-    held_leases: _containers.RepeatedScalarFieldContainer[int]
     model_digest: bytes
     layout_digest: bytes
-    def __init__(self, client_id: _Optional[str] = ..., worker: _Optional[str] = ..., held_leases: _Optional[_Iterable[int]] = ..., model_digest: _Optional[bytes] = ..., layout_digest: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, client_id: _Optional[str] = ..., worker: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., layout_digest: _Optional[bytes] = ...) -> None: ...
 
 class Locate(_message.Message):
     __slots__ = ("keys", "timeout_seconds")
@@ -97,26 +95,20 @@ class Acquire(_message.Message):
     def __init__(self, keys: _Optional[bytes] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
 
 class Granted(_message.Message):
-    __slots__ = ("grants", "missed")
-    GRANTS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("indexes", "tiers", "leases", "offsets", "lengths", "missed")
+    INDEXES_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
     MISSED_FIELD_NUMBER: _ClassVar[int]
-    grants: _containers.RepeatedCompositeFieldContainer[Grant]
+    indexes: _containers.RepeatedScalarFieldContainer[int]
+    tiers: _containers.RepeatedScalarFieldContainer[KvTier]
+    leases: _containers.RepeatedScalarFieldContainer[int]
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    lengths: _containers.RepeatedScalarFieldContainer[int]
     missed: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, grants: _Optional[_Iterable[_Union[Grant, _Mapping]]] = ..., missed: _Optional[_Iterable[int]] = ...) -> None: ...
-
-class Grant(_message.Message):
-    __slots__ = ("index", "tier", "lease", "offset", "length")
-    INDEX_FIELD_NUMBER: _ClassVar[int]
-    TIER_FIELD_NUMBER: _ClassVar[int]
-    LEASE_FIELD_NUMBER: _ClassVar[int]
-    OFFSET_FIELD_NUMBER: _ClassVar[int]
-    LENGTH_FIELD_NUMBER: _ClassVar[int]
-    index: int
-    tier: KvTier
-    lease: int
-    offset: int
-    length: int
-    def __init__(self, index: _Optional[int] = ..., tier: _Optional[_Union[KvTier, str]] = ..., lease: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+    def __init__(self, indexes: _Optional[_Iterable[int]] = ..., tiers: _Optional[_Iterable[_Union[KvTier, str]]] = ..., leases: _Optional[_Iterable[int]] = ..., offsets: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., missed: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CancelAcquire(_message.Message):
     __slots__ = ()
@@ -129,34 +121,22 @@ class Release(_message.Message):
     def __init__(self, leases: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("items",)
-    ITEMS_FIELD_NUMBER: _ClassVar[int]
-    items: _containers.RepeatedCompositeFieldContainer[ReserveItem]
-    def __init__(self, items: _Optional[_Iterable[_Union[ReserveItem, _Mapping]]] = ...) -> None: ...
-
-class ReserveItem(_message.Message):
-    __slots__ = ("key", "length")
-    KEY_FIELD_NUMBER: _ClassVar[int]
-    LENGTH_FIELD_NUMBER: _ClassVar[int]
-    key: bytes
-    length: int
-    def __init__(self, key: _Optional[bytes] = ..., length: _Optional[int] = ...) -> None: ...
+    __slots__ = ("keys", "lengths")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    keys: bytes
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, keys: _Optional[bytes] = ..., lengths: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Reserved(_message.Message):
-    __slots__ = ("rooms",)
-    ROOMS_FIELD_NUMBER: _ClassVar[int]
-    rooms: _containers.RepeatedCompositeFieldContainer[Room]
-    def __init__(self, rooms: _Optional[_Iterable[_Union[Room, _Mapping]]] = ...) -> None: ...
-
-class Room(_message.Message):
-    __slots__ = ("present", "lease", "offset")
+    __slots__ = ("present", "leases", "offsets")
     PRESENT_FIELD_NUMBER: _ClassVar[int]
-    LEASE_FIELD_NUMBER: _ClassVar[int]
-    OFFSET_FIELD_NUMBER: _ClassVar[int]
-    present: bool
-    lease: int
-    offset: int
-    def __init__(self, present: _Optional[bool] = ..., lease: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    present: _containers.RepeatedScalarFieldContainer[bool]
+    leases: _containers.RepeatedScalarFieldContainer[int]
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, present: _Optional[_Iterable[bool]] = ..., leases: _Optional[_Iterable[int]] = ..., offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Commit(_message.Message):
     __slots__ = ("leases",)

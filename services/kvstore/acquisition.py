@@ -1,37 +1,42 @@
-"""One read of many blobs by a worker: leased by the store, verified here, handed over one by one.
+"""One read of many blobs by a worker: where it is waited for, and where it is done.
 
-Ends with every lease released and no thread of ours in the arena, however it ends. Damage costs a
-question to the store's next tier; everything else that goes wrong is a miss.
+`Reading` lives in the client's thread: it verifies what the store has leased, lets the caller's
+function have it there and gives it back. Damage costs a question to the store's next tier;
+everything else that goes wrong is a miss. `Acquisition` is the caller's end, in the caller's loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from protos import kvstore_pb2
-from services.kvstore.attachment import Attachment, Lease
+from services.kvstore.attachment import Attachment
 from services.kvstore.blob import Damaged, DamageReason, open_blob
+from services.kvstore.loop_thread import LoopThread
 from services.kvstore.threads import finished
 from services.kvstore.tier import Tier
 
 log = logging.getLogger(__name__)
 
-# Verified in one go of a thread: long enough to be worth the way there, short enough that the first
-# ones are copied while the next ones are verified.
-VERIFIED_TOGETHER = 16
 # More copies than there are tiers cannot be damaged.
 MAX_DAMAGED_COPIES = 2 * len(Tier)
 
-# Gets the index of a key and its payload, in a thread.
+# Gets the index of a key and its verified payload, read-only, in the client's thread.
 Consume: TypeAlias = Callable[[int, memoryview], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What became of one key. The tier that had it, and its payload was consumed; None: a miss."""
+
+    index: int
+    tier: Tier | None = None
 
 
 @dataclass(slots=True)
@@ -42,167 +47,151 @@ class RestoreStats:
     nbytes: Counter[Tier] = field(default_factory=Counter)
     misses: int = 0
     damaged: Counter[str] = field(default_factory=Counter)
-    # In the threads that verify, and consume where the caller asked for it.
-    thread_seconds: float = 0.0
+    # Verifying and consuming.
+    seconds: float = 0.0
 
 
-class Block:
-    """The answer to one key. `payload` is read-only and may be used until `release`."""
-
-    __slots__ = ("_attachment", "_lease", "index", "payload", "tier")
-
-    def __init__(
-        self,
-        index: int,
-        tier: Tier | None = None,
-        payload: memoryview | None = None,
-        *,
-        attachment: Attachment | None = None,
-        lease: Lease | None = None,
-    ) -> None:
-        self.index = index
-        self.tier = tier
-        self.payload = payload
-        self._attachment = attachment
-        self._lease = lease
-
-    def release(self) -> None:
-        """No thread of the caller looks at the payload any more. Idempotent."""
-        lease, self._lease = self._lease, None
-        if lease is None:
-            return
-        assert self._attachment is not None
-        if self.payload is not None:
-            with contextlib.suppress(BufferError):  # an array over it is still referenced
-                self.payload.release()
-            self.payload = None
-        self._attachment.release([lease])
-
-
-@dataclass(frozen=True, slots=True)
-class _Granted:
-    index: int
-    tier: Tier
-    lease: Lease
-
-
-class Acquisition:
-    """`async with` it, and iterate: every key comes exactly once, as soon as it can."""
+class Reading:
+    """Runs once, in the client's thread. `deadline_s` is on the loops' clock, the monotonic one."""
 
     def __init__(
         self,
         attachment: Attachment,
-        threads: Executor,
         stats: RestoreStats,
         keys: Sequence[bytes],
+        consume: Consume,
         *,
         model_digest: bytes,
         layout_digest: bytes,
         deadline_s: float,
-        consume: Consume | None,
+        hand_over: Callable[[Sequence[Block]], object],
     ) -> None:
         self._attachment = attachment
-        self._threads = threads
         self._stats = stats
         self._keys = keys
-        self._digests = (model_digest, layout_digest)
-        self._deadline_s = deadline_s
         self._consume = consume
+        self._model_digest = model_digest
+        self._layout_digest = layout_digest
+        self._deadline_s = deadline_s
+        self._hand_over = hand_over
         self._calls: dict[int, Sequence[int]] = {}  # call id -> index of each of its keys
-        self._waiting = set(range(len(keys)))  # for the store
-        self._damaged_copies: Counter[int] = Counter()
-        self._granted: deque[_Granted] = deque()
-        self._wake = asyncio.Event()
-        self._ready: asyncio.Queue[Block | Exception] = asyncio.Queue()
-        self._handed_over: list[Block] = []
-        self._num_handed_over = 0
-        self._verifying: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._waiting = set(range(len(keys)))
+        self._settled: list[Block] = []  # not handed over yet
+        self._num_damaged: Counter[int] = Counter()  # copies of a key
+        self._over = asyncio.Event()
+        self._error: Exception | None = None  # of `consume`
 
-    async def __aenter__(self) -> Acquisition:
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_at(self._deadline_s, self._expire)
-        self._verifying = asyncio.create_task(self._verify())
+    async def run(self) -> None:
+        """Until every key is settled. Raises what `consume` raises."""
         self._ask(range(len(self._keys)))
-        return self
-
-    async def __aexit__(self, *_exc_info: object) -> None:
-        assert self._timer is not None and self._verifying is not None
-        self._timer.cancel()
-        self._end_calls()
-        self._verifying.cancel()
         try:
-            await finished(asyncio.ensure_future(asyncio.wait([self._verifying])))
+            async with asyncio.timeout_at(self._deadline_s):
+                await self._over.wait()
+        except TimeoutError:
+            self._miss(sorted(self._waiting))
         finally:
-            for block in self._handed_over:
-                block.release()
-            while not self._ready.empty():
-                unread = self._ready.get_nowait()
-                if isinstance(unread, Block):
-                    unread.release()
-            self._attachment.release(granted.lease for granted in self._granted)
-            self._granted.clear()
-
-    def __aiter__(self) -> Acquisition:
-        return self
-
-    async def __anext__(self) -> Block:
-        if self._num_handed_over == len(self._keys):
-            raise StopAsyncIteration
-        block = await self._ready.get()
-        if isinstance(block, Exception):
-            raise block
-        self._num_handed_over += 1
-        self._handed_over.append(block)
-        return block
+            self._over.set()
+            self._end_calls()
+        if self._error is not None:
+            raise self._error
 
     # --- what the attachment calls
 
     def answered(self, call_id: int, message: kvstore_pb2.StoreMessage) -> None:
         indexes = self._calls[call_id]
-        for grant in message.granted.grants:
-            index, tier = indexes[grant.index], Tier(grant.tier)
-            lease = self._attachment.lease(grant.lease, grant.offset, grant.length)
-            if index in self._waiting:
-                self._waiting.remove(index)
-                self._granted.append(_Granted(index, tier, lease))
-                self._wake.set()
-            else:  # its deadline has passed
-                self._attachment.release([lease])
-        for missed in message.granted.missed:
-            self._miss(indexes[missed])
+        started = time.perf_counter()
+        granted = message.granted
+        arena = self._attachment.arena
+        over = []  # leases
+        for row, tier, lease, offset, length in zip(
+            granted.indexes,
+            granted.tiers,
+            granted.leases,
+            granted.offsets,
+            granted.lengths,
+            strict=True,
+        ):
+            if self._over.is_set() or indexes[row] not in self._waiting:
+                over.append(lease)  # `consume` has failed, or the store says things twice
+            elif (
+                reason := self._read(indexes[row], Tier(tier), arena.view(offset, length))
+            ) is None:
+                over.append(lease)
+            else:
+                self._ask_again(indexes[row], lease, reason)
+        self._attachment.release(over)
+        self._stats.seconds += time.perf_counter() - started
+        self._miss([indexes[row] for row in granted.missed])
 
     def lost(self, call_id: int) -> None:
-        for index in self._calls[call_id]:
-            self._miss(index)
+        self._miss(self._calls[call_id])
 
     # ---
 
+    def _read(self, index: int, tier: Tier, blob: memoryview) -> DamageReason | None:
+        """Verify and consume; what is wrong with the blob, if something is."""
+        try:
+            payload = open_blob(
+                blob,
+                key=self._keys[index],
+                model_digest=self._model_digest,
+                layout_digest=self._layout_digest,
+            )
+        except Damaged as damage:
+            self._stats.damaged[damage.reason] += 1
+            name, key = tier.name, self._keys[index].hex()
+            log.warning("damaged_blob tier=%s reason=%s key=%s", name, damage.reason, key)
+            return damage.reason
+        try:
+            self._consume(index, payload.toreadonly())
+        except Exception as error:  # the caller's, who gets it back
+            self._error = error
+            self._over.set()
+            return None
+        self._stats.blobs[tier] += 1
+        self._stats.nbytes[tier] += len(payload)
+        self._settle(Block(index, tier))
+        return None
+
     def _ask(self, indexes: Sequence[int]) -> None:
         timeout_seconds = self._deadline_s - asyncio.get_running_loop().time()
-        acquire = kvstore_pb2.Acquire(
-            keys=b"".join(self._keys[index] for index in indexes),
-            timeout_seconds=timeout_seconds,
-        )
         call_id = None
         if timeout_seconds > 0 and indexes:
+            keys = b"".join(self._keys[index] for index in indexes)
+            acquire = kvstore_pb2.Acquire(keys=keys, timeout_seconds=timeout_seconds)
             call_id = self._attachment.call(self, kvstore_pb2.WorkerMessage(acquire=acquire))
         if call_id is not None:
             self._calls[call_id] = indexes
         else:
-            for index in indexes:
-                self._miss(index)
+            self._miss(indexes)
 
-    def _miss(self, index: int) -> None:
-        if index in self._waiting:
-            self._waiting.remove(index)
-            self._stats.misses += 1
-            self._ready.put_nowait(Block(index))
+    def _ask_again(self, index: int, lease: int, reason: DamageReason) -> None:
+        """The store drops the copy in its RAM and looks further down."""
+        report = kvstore_pb2.ReportDamaged(lease=lease, reason=reason)
+        self._attachment.send(kvstore_pb2.WorkerMessage(damaged=report))
+        self._num_damaged[index] += 1
+        if self._num_damaged[index] < MAX_DAMAGED_COPIES:
+            self._ask([index])
+        else:
+            self._miss([index])
 
-    def _expire(self) -> None:
-        self._end_calls()
-        for index in sorted(self._waiting):
-            self._miss(index)
+    def _miss(self, indexes: Sequence[int]) -> None:
+        for index in indexes:
+            if index in self._waiting:
+                self._stats.misses += 1
+                self._settle(Block(index))
+        self._flush()
+
+    def _settle(self, block: Block) -> None:
+        self._waiting.remove(block.index)
+        self._settled.append(block)
+
+    def _flush(self) -> None:
+        if self._settled:
+            self._hand_over(self._settled)
+            self._settled = []
+        if not self._waiting:
+            self._over.set()
 
     def _end_calls(self) -> None:
         for call_id in self._calls:
@@ -212,75 +201,57 @@ class Acquisition:
                 self._attachment.send(kvstore_pb2.WorkerMessage(call_id=call_id, cancel=cancel))
         self._calls.clear()
 
-    async def _verify(self) -> None:
+
+class Acquisition:
+    """`async with` it, and iterate: every key comes exactly once, as soon as it can.
+
+    Once left, nothing is consumed any more, and nothing is leased.
+    """
+
+    def __init__(
+        self,
+        thread: LoopThread,
+        num_keys: int,
+        reading: Callable[[Callable[[Sequence[Block]], object]], Reading],
+    ) -> None:
+        """`reading` gets where to hand over, which it calls in the thread."""
+        self._thread = thread
+        self._num_left = num_keys
+        self._blocks: deque[Block] = deque()
+        self._progress = asyncio.Event()
         loop = asyncio.get_running_loop()
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._granted:
-                num_blobs = min(VERIFIED_TOGETHER, len(self._granted))
-                batch = [self._granted.popleft() for _ in range(num_blobs)]
-                work = loop.run_in_executor(self._threads, self._open_all, batch)
-                try:
-                    payloads = await finished(work)
-                except BaseException as error:
-                    self._attachment.release(granted.lease for granted in batch)
-                    if isinstance(error, Exception):  # of `consume`
-                        self._ready.put_nowait(error)
-                        return
-                    raise
-                for granted, payload in zip(batch, payloads, strict=True):
-                    self._verified(granted, payload)
+        self._reading = reading(lambda blocks: loop.call_soon_threadsafe(self._arrived, blocks))
+        self._running = asyncio.create_task(self._run())
 
-    def _open_all(self, batch: Sequence[_Granted]) -> list[memoryview | DamageReason]:
-        """In a thread: the payloads, or what is wrong with them."""
-        started = time.perf_counter()
-        model_digest, layout_digest = self._digests
-        opened: list[memoryview | DamageReason] = []
-        for granted in batch:
-            try:
-                payload = open_blob(
-                    granted.lease.memory,
-                    key=self._keys[granted.index],
-                    model_digest=model_digest,
-                    layout_digest=layout_digest,
-                ).toreadonly()
-            except Damaged as damage:
-                opened.append(damage.reason)
-                continue
-            if self._consume is not None:
-                self._consume(granted.index, payload)
-            opened.append(payload)
-        self._stats.thread_seconds += time.perf_counter() - started
-        return opened
+    async def __aenter__(self) -> Acquisition:
+        return self
 
-    def _verified(self, granted: _Granted, payload: memoryview | DamageReason) -> None:
-        index, tier, lease = granted.index, granted.tier, granted.lease
-        if isinstance(payload, DamageReason):
-            self._ask_again(granted, payload)
-            return
-        self._stats.blobs[tier] += 1
-        self._stats.nbytes[tier] += len(payload)
-        if self._consume is not None:
-            self._attachment.release([lease])
-            self._ready.put_nowait(Block(index, tier))
-        else:
-            block = Block(index, tier, payload, attachment=self._attachment, lease=lease)
-            self._ready.put_nowait(block)
+    async def __aexit__(self, *_exc_info: object) -> None:
+        self._running.cancel()
+        await finished(asyncio.ensure_future(asyncio.wait([self._running])))
+        if not self._running.cancelled():
+            self._running.exception()  # the iterator has raised it, or nobody looked
 
-    def _ask_again(self, granted: _Granted, reason: DamageReason) -> None:
-        """The store drops the copy in its RAM and looks further down."""
-        index, tier, lease = granted.index, granted.tier, granted.lease
-        self._stats.damaged[reason] += 1
-        log.warning(
-            "damaged_blob tier=%s reason=%s key=%s", tier.name, reason, self._keys[index].hex()
-        )
-        if self._attachment.settle(lease):
-            report = kvstore_pb2.ReportDamaged(lease=lease.lease_id, reason=reason)
-            self._attachment.send(kvstore_pb2.WorkerMessage(damaged=report))
-        self._waiting.add(index)
-        self._damaged_copies[index] += 1
-        if self._damaged_copies[index] < MAX_DAMAGED_COPIES:
-            self._ask([index])
-        else:
-            self._miss(index)
+    def __aiter__(self) -> Acquisition:
+        return self
+
+    async def __anext__(self) -> Block:
+        if not self._num_left:
+            raise StopAsyncIteration
+        while not self._blocks:
+            if self._running.done():
+                await self._running  # raises what `consume` raised
+            self._progress.clear()
+            await self._progress.wait()
+        self._num_left -= 1
+        return self._blocks.popleft()
+
+    def _arrived(self, blocks: Sequence[Block]) -> None:
+        self._blocks += blocks
+        self._progress.set()
+
+    async def _run(self) -> None:
+        try:
+            await self._thread.run(self._reading.run())
+        finally:
+            self._progress.set()

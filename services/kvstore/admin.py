@@ -9,11 +9,11 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 
-from services.kvstore.blob import Damaged, DamageReason, check_blob, read_header
+from services.kvstore.blob import Damaged, DamageReason, VerifyReport, check_blob, read_header
 from services.kvstore.leases import LeaseBook
 from services.kvstore.store import TieredStore
 from services.kvstore.threads import finished
-from services.kvstore.tier import KeptTier, NoRoom, Tier, TierUsage, VerifyReport
+from services.kvstore.tier import KeptTier, NoRoom, Tier, TierUsage
 
 
 class TierIsOff(LookupError):
@@ -54,7 +54,7 @@ class Admin:
         """Read every blob of a tier; forget the damaged ones when told to repair."""
         if tier is not Tier.RAM:
             return await self._kept(tier).verify(repair=repair)
-        num_blobs, damaged = 0, Counter[str]()
+        num_blobs, damaged = 0, Counter[DamageReason]()
         for key in self._store.ram:
             resident = self._store.ram.hold(key)
             if resident is None:

@@ -119,7 +119,8 @@ class KvAdminService(kvstore_pb2_grpc.KvAdminServicer):
     ) -> kvstore_pb2.KvVerifyResponse:
         async with _ending_with_status(context):
             report = await self._admin.verify(_tier(request.tier), repair=request.repair)
-        return kvstore_pb2.KvVerifyResponse(blobs=report.num_blobs, damaged=report.damaged)
+        damaged = {str(reason): num_blobs for reason, num_blobs in report.damaged.items()}
+        return kvstore_pb2.KvVerifyResponse(blobs=report.num_blobs, damaged=damaged)
 
     async def Gc(
         self, request: kvstore_pb2.KvGcRequest, context: Context

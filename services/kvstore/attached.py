@@ -91,11 +91,11 @@ class AttachedWorker:
         if self._holder is not None:
             raise InvalidRequest("a worker says hello once")
         try:
-            self._holder = self._leases.connect(hello.client_id, hello.held_leases)
+            self._holder = self._leases.connect(hello.client_id)
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
         self._identity = Identity(hello.model_digest, hello.layout_digest)
-        log.info("worker_attached worker=%s held=%d", hello.worker, len(hello.held_leases))
+        log.info("worker_attached worker=%s", hello.worker)
 
     async def _locate(self, call_id: int, keys: list[bytes], timeout_seconds: float) -> None:
         tiers = await self._store.locate(keys, timeout_seconds)
@@ -144,27 +144,25 @@ class AttachedWorker:
                 granted.missed.append(index)
                 continue
             span = found.resident.span
-            granted.grants.add(
-                index=index,
-                tier=TIER_TO_WIRE[found.tier],
-                lease=lease,
-                offset=span.offset,
-                length=span.length,
-            )
+            granted.indexes.append(index)
+            granted.tiers.append(TIER_TO_WIRE[found.tier])
+            granted.leases.append(lease)
+            granted.offsets.append(span.offset)
+            granted.lengths.append(span.length)
         return granted
 
     def _reserve(self, call_id: int, call: kvstore_pb2.Reserve, holder: Holder) -> None:
+        keys = split_keys(call.keys)
+        if len(keys) != len(call.lengths) or not all(call.lengths):
+            raise InvalidRequest("a reservation needs a length for each key")
         reserved = kvstore_pb2.Reserved()
-        for item in call.items:
-            room = reserved.rooms.add()
-            if len(item.key) != KEY_BYTES or not item.length:
-                raise InvalidRequest("a reservation needs a key and a length")
-            if self._store.holds(item.key):
-                room.present = True
-            elif (reservation := self._store.ram.reserve(item.key, item.length)) is not None:
-                lease = self._leases.grant(holder, reservation)
-                if lease is not None:
-                    room.lease, room.offset = lease, reservation.span.offset
+        for key, length in zip(keys, call.lengths, strict=True):
+            is_present = self._store.holds(key)
+            reservation = None if is_present else self._store.ram.reserve(key, length)
+            lease = reservation and self._leases.grant(holder, reservation)
+            reserved.present.append(is_present)
+            reserved.leases.append(lease or 0)
+            reserved.offsets.append(reservation.span.offset if reservation else 0)
         self._answer(kvstore_pb2.StoreMessage(call_id=call_id, reserved=reserved))
 
     def _commit(self, call_id: int, call: kvstore_pb2.Commit, holder: Holder) -> None:

@@ -1,8 +1,6 @@
-"""The worker's end of the stream to its node's KV store: calls and answers, the mapped arena, and
-which leases this process holds.
+"""The worker's end of the stream to its node's KV store: calls, answers, and the mapped arena.
 
-Connects and reconnects by itself. A store that came back is another arena: the old one stays mapped
-as long as somebody holds a view of it. Knows nothing of blobs.
+Connects and reconnects by itself; a store that came back is another arena. Knows nothing of blobs.
 """
 
 from __future__ import annotations
@@ -11,7 +9,8 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import Iterable
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,33 +23,24 @@ from services.kvstore.leases import ClientLock, client_path
 
 log = logging.getLogger(__name__)
 
+# A message for each block by itself was a third of the time of a restore.
+RELEASE_DELAY_SECONDS = 0.002
+# A store that does not answer is not asked for so long.
+SILENCE_SECONDS = 5.0
 # Initial metadata of the store's stream.
 ARENA_PATH_KEY = "model1-arena-path"
 ARENA_IDENTITY_KEY = "model1-arena-identity-bin"
 
 
-# A store that does not answer is not asked for so long.
-SILENCE_SECONDS = 5.0
-
-
-class Lease:
-    """A span that the store will give to nobody else until it is released."""
-
-    __slots__ = ("arena", "lease_id", "memory")
-
-    def __init__(self, arena: ArenaView, lease_id: int, memory: memoryview) -> None:
-        self.arena = arena
-        self.lease_id = lease_id
-        self.memory = memory  # writable
-
-
 class Caller(Protocol):
     """Who waits for answers."""
 
-    def answered(self, call_id: int, message: kvstore_pb2.StoreMessage) -> None: ...
+    def answered(self, call_id: int, message: kvstore_pb2.StoreMessage) -> None:
+        """The leases in it are the caller's to end, and their spans may be touched before this
+        returns and not after: so a stream that comes back finds nobody in the middle of a copy."""
 
     def lost(self, call_id: int) -> None:
-        """The stream broke: nothing will be answered any more. Leases live on."""
+        """The stream broke: nothing will be answered any more."""
 
 
 class Attachment:
@@ -70,9 +60,9 @@ class Attachment:
         self._arena: ArenaView | None = None
         self._identity = b""
         self._lock: ClientLock | None = None
-        self._held: set[int] = set()  # lease ids of the arena in use
+        self._to_release: list[int] = []  # leases
+        self._silent_until_s = 0.0  # on the monotonic clock
         self._attached = asyncio.Event()
-        self._silent_until_s = 0.0  # on the loop's clock
         self._stream: Duplex[kvstore_pb2.WorkerMessage, kvstore_pb2.StoreMessage] = Duplex(
             address,
             lambda channel: kvstore_pb2_grpc.KvStoreStub(channel).Attach(),
@@ -81,19 +71,22 @@ class Attachment:
             broken=self._broken,
         )
 
+    @classmethod
+    async def open(
+        cls, address: str, *, worker: str, model_digest: bytes, layout_digest: bytes
+    ) -> Attachment:
+        """In the loop that runs this."""
+        return cls(address, worker=worker, model_digest=model_digest, layout_digest=layout_digest)
+
     @property
     def connected(self) -> bool:
-        """The store is there, and answers."""
-        return self._can_send and self._silent_until_s <= asyncio.get_running_loop().time()
+        """The store is there, and answers. Any thread may ask."""
+        return self._can_send and self._silent_until_s <= time.monotonic()
 
     def note_silence(self) -> None:
         """A call was not answered in time: no more of them for a while, or until the store says
         anything. It will when it goes on: that call is still on its way."""
-        self._silent_until_s = asyncio.get_running_loop().time() + SILENCE_SECONDS
-
-    @property
-    def num_leases(self) -> int:
-        return len(self._held)
+        self._silent_until_s = time.monotonic() + SILENCE_SECONDS
 
     async def wait_connected(self) -> None:
         await self._attached.wait()
@@ -108,7 +101,7 @@ class Attachment:
         return message.call_id
 
     def forget(self, call_id: int) -> None:
-        """The caller waits no longer; leases in answers that still come are released."""
+        """The caller waits no longer. Leases in answers that still come are released."""
         self._callers.pop(call_id, None)
 
     def send(self, message: kvstore_pb2.WorkerMessage) -> None:
@@ -116,35 +109,23 @@ class Attachment:
         if self._can_send:
             self._stream.send(message)
 
-    def lease(self, lease_id: int, offset: int, length: int) -> Lease:
-        """Take note of a lease in an answer, which is now the caller's to release."""
+    @property
+    def arena(self) -> ArenaView:
+        """Where the spans lie of an answer that is being looked at."""
         assert self._arena is not None, "an answer came from a store that was never attached"
-        self._held.add(lease_id)
-        return Lease(self._arena, lease_id, self._arena.view(offset, length))
+        return self._arena
 
-    def release(self, leases: Iterable[Lease]) -> None:
-        """No thread of ours touches these any more."""
-        ids = [lease.lease_id for lease in leases if self.settle(lease)]
-        if ids:
-            self.send(kvstore_pb2.WorkerMessage(release=kvstore_pb2.Release(leases=ids)))
-
-    def settle(self, lease: Lease) -> bool:
-        """The next message ends the lease; False if the store that gave it is gone."""
-        lease.memory.release()
-        if lease.arena is not self._arena:
-            return False
-        self._held.discard(lease.lease_id)
-        return True
-
-    def discard(self, message: kvstore_pb2.StoreMessage) -> None:
-        """Release the leases of an answer that nobody has taken note of."""
-        unwanted = [grant.lease for grant in message.granted.grants]
-        unwanted += [room.lease for room in message.reserved.rooms if room.lease]
-        if unwanted:
-            self.send(kvstore_pb2.WorkerMessage(release=kvstore_pb2.Release(leases=unwanted)))
+    def release(self, leases: Sequence[int]) -> None:
+        """We touch these no more; the message goes with others that are released soon."""
+        if leases and not self._to_release:
+            loop = asyncio.get_running_loop()
+            loop.call_later(RELEASE_DELAY_SECONDS, self._send_releases)
+        self._to_release += leases
 
     async def close(self) -> None:
         """After the last lease was released."""
+        self._send_releases()
+        self._attached.clear()
         await self._stream.close()
         self._broken("closed")
         if self._lock is not None:
@@ -153,6 +134,11 @@ class Attachment:
         if self._arena is not None:
             self._arena.close()
             self._arena = None
+
+    def _send_releases(self) -> None:
+        leases, self._to_release = self._to_release, []
+        if leases:
+            self.send(kvstore_pb2.WorkerMessage(release=kvstore_pb2.Release(leases=leases)))
 
     def _opened(self, metadata: grpc.aio.Metadata) -> None:
         identity = metadata[ARENA_IDENTITY_KEY]
@@ -168,7 +154,7 @@ class Attachment:
             # try again before the store itself comes back.
             log.error("kvstore_not_attached store=%s reason=%s", self._stream.address, error)
             return
-        self._hello.held_leases[:] = self._held
+        self._to_release.clear()  # our hello ends them all
         self._stream.send(kvstore_pb2.WorkerMessage(hello=self._hello))
         self._attached.set()
         log.info("kvstore_attached store=%s arena=%s", self._stream.address, path)
@@ -186,7 +172,6 @@ class Attachment:
         if self._arena is not None:
             self._arena.close()
         self._arena, self._identity = arena, identity
-        self._held.clear()
 
     def _relock(self, path: Path) -> None:
         lock = ClientLock(path)
@@ -196,11 +181,11 @@ class Attachment:
 
     def _receive(self, message: kvstore_pb2.StoreMessage) -> None:
         self._silent_until_s = 0.0
-        caller = self._callers.get(message.call_id)
-        if caller is not None:
+        if (caller := self._callers.get(message.call_id)) is not None:
             caller.answered(message.call_id, message)
-            return
-        self.discard(message)
+        else:
+            self.release(message.granted.leases)
+            self.release([lease for lease in message.reserved.leases if lease])
 
     def _broken(self, reason: str) -> None:
         self._silent_until_s = 0.0

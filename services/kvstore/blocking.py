@@ -6,19 +6,27 @@ Each has threads of its own, so that a slow Redis does not stand in front of the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from services.kvstore.blob import BlobHeader
+from services.kvstore.blob import Damaged, VerifyReport
+from services.kvstore.cold import ColdTier
 from services.kvstore.disk import DiskConfig, DiskTier
-from services.kvstore.threads import finished
-from services.kvstore.tier import Room, Tier, TierUsage, VerifyReport
+from services.kvstore.redis_link import RedisConfig, RedisLink
+from services.kvstore.threads import finished, in_parallel
+from services.kvstore.tier import Loaded, Rooms, Tier, TierUsage
 
 Result = TypeVar("Result")
 
 DISK_THREADS = 4
+# Of one load. The others write back, and look whether blobs are there.
+COLD_READS = 4
+COLD_THREADS = 8
 
 
 class _Threads:
@@ -60,12 +68,33 @@ class Disk:
     async def contains(self, keys: Sequence[bytes]) -> Sequence[bool]:
         return [self.has(key) for key in keys]
 
-    async def load(self, key: bytes, room: Room) -> BlobHeader | None:
-        nbytes = self._disk.nbytes_of(key)
-        if nbytes is None:
-            return None
-        memory = await room(nbytes)
-        return await self._threads.run(partial(self._disk.get_into, key, memory))
+    async def load(self, keys: Sequence[bytes], rooms: Rooms) -> AsyncGenerator[Loaded]:
+        waiting = deque(keys)
+        while waiting:
+            ready: list[tuple[bytes, memoryview]] = []
+            while waiting:
+                key = waiting[0]
+                nbytes = self._disk.nbytes_of(key)
+                if nbytes is not None:
+                    memory = rooms.make(key, nbytes)
+                    if memory is None:
+                        if ready:
+                            break
+                        memory = await rooms.wait_for(key, nbytes)
+                    ready.append((key, memory))
+                waiting.popleft()
+            for loaded in await self._threads.run(partial(self._read, ready)):
+                yield loaded
+
+    def _read(self, ready: Sequence[tuple[bytes, memoryview]]) -> list[Loaded]:
+        """In a thread."""
+        loaded: list[Loaded] = []
+        for key, memory in ready:
+            try:
+                loaded.append((key, self._disk.get_into(key, memory)))
+            except Damaged as damage:
+                loaded.append((key, damage))
+        return loaded
 
     async def store(self, key: bytes, blob: memoryview) -> bool:
         return await self._threads.run(partial(self._disk.put, key, blob))
@@ -77,9 +106,7 @@ class Disk:
         return await self._threads.run(partial(self._disk.evict, nbytes))
 
     async def verify(self, *, repair: bool) -> VerifyReport:
-        report = await self._threads.run(partial(self._disk.verify, repair=repair))
-        damaged = {str(reason): num_blobs for reason, num_blobs in report.damaged.items()}
-        return VerifyReport(report.num_blobs, damaged)
+        return await self._threads.run(partial(self._disk.verify, repair=repair))
 
     async def usage(self) -> TierUsage:
         counts = self._disk.counts
@@ -96,4 +123,88 @@ class Disk:
 
     async def close(self) -> None:
         await self._threads.run(self._disk.close)
+        self._threads.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColdConfig:
+    """`max_bytes` of all nodes together."""
+
+    redis: RedisConfig
+    max_bytes: int
+    ttl_seconds: float
+
+
+class Cold:
+    """The Redis that nodes share: blobs, and the link for other uses of it."""
+
+    tier = Tier.COLD
+
+    def __init__(self, config: ColdConfig, is_pinned: Callable[[bytes], bool]) -> None:
+        """Does not wait for Redis, nor fail without it."""
+        self.link = RedisLink(config.redis)
+        self._config = config
+        self._cold = ColdTier(
+            self.link,
+            max_bytes=config.max_bytes,
+            ttl_seconds=config.ttl_seconds,
+            is_pinned=is_pinned,
+        )
+        self._threads = _Threads("kv-cold", COLD_THREADS)
+
+    @property
+    def degraded(self) -> str | None:
+        return self._cold.degraded
+
+    def has(self, key: bytes) -> bool:
+        return False
+
+    async def contains(self, keys: Sequence[bytes]) -> Sequence[bool]:
+        return await self._threads.run(partial(self._cold.contains, keys))
+
+    async def load(self, keys: Sequence[bytes], rooms: Rooms) -> AsyncGenerator[Loaded]:
+        calls = [partial(self._load, key, rooms) for key in keys]
+        async with aclosing(in_parallel(calls, at_once=COLD_READS)) as loading:
+            async for loaded in loading:
+                yield loaded
+
+    async def _load(self, key: bytes, rooms: Rooms) -> Loaded:
+        loop = asyncio.get_running_loop()
+
+        def room(nbytes: int) -> memoryview:
+            """In a thread; RAM is the loop's."""
+            return asyncio.run_coroutine_threadsafe(rooms.wait_for(key, nbytes), loop).result()
+
+        try:
+            return key, await self._threads.run(partial(self._cold.get_into, key, room))
+        except Damaged as damage:
+            return key, damage
+
+    async def store(self, key: bytes, blob: memoryview) -> bool:
+        return await self._threads.run(partial(self._cold.put, key, blob))
+
+    async def drop(self, keys: Sequence[bytes]) -> int:
+        return await self._threads.run(partial(self._cold.delete, keys))
+
+    async def evict(self, nbytes: int) -> int:
+        return await self._threads.run(partial(self._cold.evict, nbytes))
+
+    async def verify(self, *, repair: bool) -> VerifyReport:
+        return await self._threads.run(partial(self._cold.verify, repair=repair))
+
+    async def usage(self) -> TierUsage:
+        counts = self._cold.counts
+        return TierUsage(
+            num_blobs=self._cold.num_blobs,
+            used_bytes=self._cold.used_bytes,
+            max_bytes=self._config.max_bytes,
+            evicted_blobs=counts.evicted_blobs,
+            failures=counts.failures,
+        )
+
+    async def tick(self) -> None:
+        await self._threads.run(self._cold.tick)
+
+    async def close(self) -> None:
+        await self._threads.run(self.link.close)
         self._threads.close()

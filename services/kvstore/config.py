@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.kvstore.blocking import ColdConfig
 from services.kvstore.disk import DiskConfig
 from services.kvstore.peers import PeerLimits
 from services.kvstore.sessions import Durability
@@ -21,6 +22,7 @@ class KvStoreConfig:
     arena_dir: Path
     ram_bytes: int
     disk: DiskConfig | None = None
+    cold: ColdConfig | None = None
     # Other nodes' stores.
     peers: tuple[str, ...] = ()
     # Session records: in memory only where it is None.

@@ -1,9 +1,9 @@
 """Owns which spans of the arena the workers' threads may touch: leases, by client and by stream.
 
 A lease of a stream that broke does not end with the stream: a worker that was frozen or cut off
-may have a thread in the middle of a copy, and a span given to somebody else meanwhile would become
-wrong tokens. It ends when the worker says on its next stream which leases it still uses, or when
-the worker is dead, which is when the lock on its client file is free. Knows no messages.
+may be in the middle of a copy, and a span given to somebody else meanwhile would become wrong
+tokens. It ends when the worker says hello again, or when it is dead, which is when the lock on its
+client file is free. Knows no messages.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import fcntl
 import itertools
 import os
 import re
-from collections.abc import Collection
 from pathlib import Path
 
 from services.kvstore.ram import RamTier, Reservation, Resident
@@ -49,20 +48,17 @@ class LeaseBook:
     def num_clients(self) -> int:
         return sum(1 for holder in self._holders if holder.connected)
 
-    def connect(self, client_id: str, still_held: Collection[int]) -> Holder:
-        """A new stream of a client; of the leases of its earlier ones, all others end.
+    def connect(self, client_id: str) -> Holder:
+        """A new stream of a client, which touches nothing of its earlier ones: their leases end.
 
         Raises ValueError for an id that is no file name of ours.
         """
         if not _CLIENT_ID.fullmatch(client_id):
             raise ValueError(f"a client id is 32 hex digits, not {client_id[:64]!r}")
-        holder = Holder(client_id)
         for earlier in [each for each in self._holders if each.client_id == client_id]:
-            for lease in still_held:
-                if (leased := earlier.leases.pop(lease, None)) is not None:
-                    holder.leases[lease] = leased
             earlier.connected = False
             self._end(earlier)
+        holder = Holder(client_id)
         self._holders.append(holder)
         return holder
 

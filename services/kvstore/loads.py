@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from contextlib import aclosing
+from typing import NamedTuple, TypeAlias
 
 from services.kvstore.blob import BlobHeader, Damaged, DamageReason
 from services.kvstore.ram import RamTier, Reservation, Resident
@@ -33,17 +34,11 @@ class Found(NamedTuple):
     tier: Tier
 
 
-class _Load:
-    """One blob on its way, and how many wait for it."""
-
-    def __init__(self, identity: Identity | None) -> None:
-        self.identity = identity
-        self.num_waiting = 0
-        self.done: asyncio.Future[Found | None] = asyncio.get_running_loop().create_future()
+Waiter: TypeAlias = Callable[[Found | None], None]
 
 
 class Loads:
-    """`arrived` hears of every blob that came into RAM. `max_loads` at once."""
+    """`arrived` hears of every blob that came into RAM. `max_loads` groups of keys at once."""
 
     def __init__(
         self,
@@ -64,30 +59,53 @@ class Loads:
         self._clock = clock
         self._room_wait_seconds = room_wait_seconds
         self._slots = asyncio.Semaphore(max_loads)
-        self._loads: dict[bytes, _Load] = {}
+        self._waiters: dict[bytes, list[Waiter]] = {}  # of each key that is being loaded
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
-        """How many are under way."""
-        return len(self._loads)
+        """How many blobs are under way."""
+        return len(self._waiters)
 
-    async def wait_for(self, key: bytes, identity: Identity | None) -> Found | None:
-        """The blob of `key`, the caller among its users; None if no tier has it."""
-        load = self._loads.get(key)
-        if load is None:
-            load = self._loads[key] = _Load(identity)
-            task = asyncio.create_task(self._run(key, load), name=f"load {key.hex()[:8]}")
+    async def load(
+        self,
+        wanted: Mapping[int, bytes],
+        deliver: Callable[[int, Found | None], None],
+        identity: Identity | None,
+    ) -> None:
+        """Call `deliver` once for each key of `wanted`; None if no tier has it.
+
+        Cancelled, it delivers no more. What is under way goes on for whoever else waits for it.
+        """
+        waiters: dict[int, Waiter] = {}
+        all_settled = asyncio.Event()
+
+        def waiter(index: int) -> Waiter:
+            def settled(found: Found | None) -> None:
+                del waiters[index]
+                deliver(index, found)
+                if not waiters:
+                    all_settled.set()
+
+            return settled
+
+        joined: dict[int, list[Waiter]] = {}
+        new: dict[bytes, list[Waiter]] = {}
+        for index, key in wanted.items():
+            if key not in self._waiters:
+                self._waiters[key] = new[key] = []
+            joined[index] = self._waiters[key]
+            waiters[index] = waiter(index)
+            joined[index].append(waiters[index])
+        if new:
+            task = asyncio.create_task(self._run(new, identity), name=f"load {len(new)} blobs")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        load.num_waiting += 1
         try:
-            return await asyncio.shield(load.done)
-        except asyncio.CancelledError:
-            if not load.done.done():
-                load.num_waiting -= 1
-            elif (found := load.done.result()) is not None:
-                self._ram.let_go(found.resident)  # it came at the moment when nobody wanted it
-            raise
+            if waiters:
+                await all_settled.wait()
+        finally:
+            for index, unsettled in waiters.items():
+                joined[index].remove(unsettled)
 
     async def close(self) -> None:
         """Give up what is under way: misses."""
@@ -96,92 +114,111 @@ class Loads:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _run(self, key: bytes, load: _Load) -> None:
-        found: Found | None = None
+    async def _run(self, load: dict[bytes, list[Waiter]], identity: Identity | None) -> None:
         try:
             async with self._slots:
-                if load.num_waiting:
-                    found = await self._ask_one_after_the_other(key, load.identity)
+                wanted = [key for key, waiters in load.items() if waiters]
+                for lower in self._lower:
+                    if wanted:
+                        wanted = await self._load_from(lower, wanted, identity)
+        except NoRoom:
+            self.num_without_room += 1
         except Exception:  # a bug; those who wait must not wait for ever
-            log.exception("load_failed key=%s", key.hex())
+            log.exception("load_failed blobs=%d", len(load))
         finally:
-            del self._loads[key]
-            if found is not None:
-                # One use each for those who wait, on top of the load's own.
-                found.resident.users += load.num_waiting
-                self._ram.let_go(found.resident)
-            load.done.set_result(found)
+            for key, waiters in load.items():
+                if self._waiters.get(key) is waiters:  # not settled, nor asked for again since
+                    self._settle(key, None)
 
-    async def _ask_one_after_the_other(self, key: bytes, identity: Identity | None) -> Found | None:
-        for lower in self._lower:
-            room = _Room(self._ram, key, self._room_wait_seconds)
-            stats = self._stats[lower.tier]
-            started = self._clock()
-            stats.begin(started)
-            header = None
-            try:
-                header = await self._load(lower, key, room, identity)
-            except NoRoom:
-                self.num_without_room += 1
-                return None
-            finally:
-                stats.end(self._clock(), started, header)
-                if header is None:
-                    room.give_back()
-            if header is not None:
-                found = Found(self._ram.insert(room.take(), header), lower.tier)
-                self._arrived(found)
-                return found
-        return None
-
-    async def _load(
-        self, lower: LowerTier, key: bytes, room: _Room, identity: Identity | None
-    ) -> BlobHeader | None:
+    async def _load_from(
+        self, lower: LowerTier, keys: Sequence[bytes], identity: Identity | None
+    ) -> list[bytes]:
+        """Load what the tier has of these; returns the rest. Raises NoRoom."""
+        rooms = _Rooms(self._ram, self._room_wait_seconds)
+        stats = self._stats[lower.tier]
+        left = dict.fromkeys(keys)
+        damaged: list[bytes] = []
+        started = self._clock()
+        stats.begin(started)
         try:
-            header = await lower.load(key, room)
-            if header is not None and identity is not None:
-                _require(header, identity)
-            return header
-        except Damaged as damage:
-            self._stats[lower.tier].damaged[damage.reason] += 1
-            name, reason = lower.tier.name, damage.reason
-            log.warning("damaged_blob tier=%s reason=%s key=%s", name, reason, key.hex())
-        await lower.drop([key])
-        return None
+            async with aclosing(lower.load(keys, rooms)) as loaded:
+                async for key, outcome in loaded:
+                    if identity is not None:
+                        outcome = _required(outcome, identity)
+                    if isinstance(outcome, BlobHeader):
+                        found = Found(self._ram.insert(rooms.take(key), outcome), lower.tier)
+                        stats.loaded(self._clock(), started, outcome)
+                        self._arrived(found)
+                        del left[key]
+                        self._settle(key, found)
+                    elif isinstance(outcome, Damaged):
+                        stats.damaged[outcome.reason] += 1
+                        damaged.append(key)
+        finally:
+            rooms.close()
+            stats.end(self._clock(), num_missed=len(left))
+        if damaged:
+            log.warning("damaged_blobs tier=%s blobs=%d", lower.tier.name, len(damaged))
+            await lower.drop(damaged)
+        return list(left)
+
+    def _settle(self, key: bytes, found: Found | None) -> None:
+        """The use of `found` is this object's. Once settled, a key is settled."""
+        for waiter in self._waiters.pop(key):
+            if found is not None:
+                found.resident.users += 1
+            waiter(found)
+        if found is not None:
+            self._ram.let_go(found.resident)
 
 
-class _Room:
-    """At most one reservation, for as long as a load needs it."""
+class _Rooms:
+    """Reservations of RAM for the blobs of one load."""
 
-    def __init__(self, ram: RamTier, key: bytes, wait_seconds: float) -> None:
+    def __init__(self, ram: RamTier, wait_seconds: float) -> None:
         self._ram = ram
-        self._key = key
         self._wait_seconds = wait_seconds
-        self._reservation: Reservation | None = None
+        self._reservations: dict[bytes, Reservation] = {}
 
-    async def __call__(self, nbytes: int) -> memoryview:
-        self.give_back()
+    def make(self, key: bytes, nbytes: int) -> memoryview | None:
+        """Room for the blob of `key`, writable; None while there is none. Asked again for the same
+        key, it takes the first one back."""
+        self.give_back(key)
+        reservation = self._ram.reserve(key, nbytes)
+        if reservation is None:
+            return None
+        self._reservations[key] = reservation
+        return self._ram.arena.view(reservation.span)
+
+    async def wait_for(self, key: bytes, nbytes: int) -> memoryview:
+        """As `make`, as soon as there is room; raises NoRoom if that takes too long."""
         try:
             async with asyncio.timeout(self._wait_seconds):
-                while (reservation := self._ram.reserve(self._key, nbytes)) is None:
+                while (memory := self.make(key, nbytes)) is None:
                     await self._ram.wait_for_room()
         except TimeoutError:
             raise NoRoom from None
-        self._reservation = reservation
-        return self._ram.arena.view(reservation.span)
+        return memory
 
-    def take(self) -> Reservation:
-        reservation, self._reservation = self._reservation, None
-        assert reservation is not None, "a tier loaded a blob and asked for no room"
-        return reservation
+    def take(self, key: bytes) -> Reservation:
+        """The room of `key` holds its blob; it is the caller's now."""
+        return self._reservations.pop(key)
 
-    def give_back(self) -> None:
-        if self._reservation is not None:
-            self._ram.abandon(self.take())
+    def give_back(self, key: bytes) -> None:
+        if (reservation := self._reservations.pop(key, None)) is not None:
+            self._ram.abandon(reservation)
+
+    def close(self) -> None:
+        for key in list(self._reservations):
+            self.give_back(key)
 
 
-def _require(header: BlobHeader, identity: Identity) -> None:
-    if header.model_digest != identity.model_digest:
-        raise Damaged(DamageReason.MODEL)
-    if header.layout_digest != identity.layout_digest:
-        raise Damaged(DamageReason.LAYOUT)
+def _required(
+    outcome: BlobHeader | Damaged | None, identity: Identity
+) -> BlobHeader | Damaged | None:
+    if isinstance(outcome, BlobHeader):
+        if outcome.model_digest != identity.model_digest:
+            return Damaged(DamageReason.MODEL)
+        if outcome.layout_digest != identity.layout_digest:
+            return Damaged(DamageReason.LAYOUT)
+    return outcome

@@ -10,18 +10,22 @@ import asyncio
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from protos import kvstore_pb2, kvstore_pb2_grpc
 from services.duplex import Duplex
-from services.kvstore.blob import BlobHeader, Damaged, DamageReason, check_blob
-from services.kvstore.threads import finished
-from services.kvstore.tier import Room, Tier
+from services.kvstore.blob import Damaged, DamageReason, check_blob
+from services.kvstore.threads import finished, in_parallel
+from services.kvstore.tier import Loaded, Rooms, Tier
 
 log = logging.getLogger(__name__)
 
 MAX_PART_BYTES = 256 * 1024
+# Of one load.
+FETCHED_AT_ONCE = 8
 # Where each of so many keys was seen last.
 MAX_REMEMBERED_KEYS = 65_536
 
@@ -82,28 +86,12 @@ class Peers:
                     tasks.create_task(ask(link))
         return found
 
-    async def load(self, key: bytes, room: Room) -> BlobHeader | None:
-        for link in self._in_order(key):
-            if not link.connected:
-                continue
-            try:
-                async with asyncio.timeout(self._limits.fetch_timeout_seconds):
-                    memory = await link.fetch(key, room)
-            except TimeoutError:
-                log.warning("peer_late peer=%s key=%s", link.address, key.hex())
-                continue
-            if memory is None:
-                continue
-            loop = asyncio.get_running_loop()
-            try:
-                header = await finished(loop.run_in_executor(None, check_blob, memory, key))
-            except Damaged:
-                link.suspect(key)
-                self._seen_at.pop(key, None)
-                raise
-            self._remember(key, link.address)
-            return header
-        return None
+    async def load(self, keys: Sequence[bytes], rooms: Rooms) -> AsyncGenerator[Loaded]:
+        calls = [partial(self._load, key, rooms) for key in keys]
+        fetching = in_parallel(calls, at_once=FETCHED_AT_ONCE)
+        async with aclosing(fetching):
+            async for loaded in fetching:
+                yield loaded
 
     async def drop(self, keys: Sequence[bytes]) -> int:
         """What peers keep is theirs."""
@@ -111,6 +99,28 @@ class Peers:
 
     async def close(self) -> None:
         await self.set_addresses(())
+
+    async def _load(self, key: bytes, rooms: Rooms) -> Loaded:
+        for link in self._in_order(key):
+            if not link.connected:
+                continue
+            try:
+                async with asyncio.timeout(self._limits.fetch_timeout_seconds):
+                    memory = await link.fetch(key, rooms)
+                if memory is None:
+                    continue
+                work = asyncio.get_running_loop().run_in_executor(None, check_blob, memory, key)
+                header = await finished(work)
+            except TimeoutError:
+                log.warning("peer_late peer=%s key=%s", link.address, key.hex())
+                continue
+            except Damaged as damage:
+                link.suspect(key)
+                self._seen_at.pop(key, None)
+                return key, damage
+            self._remember(key, link.address)
+            return key, header
+        return key, None
 
     def _in_order(self, key: bytes) -> list[_PeerLink]:
         first = self._seen_at.get(key)
@@ -155,10 +165,10 @@ class _PeerLink:
             del self._answers[call_id]
         return answer.presence if answer is not None else b""
 
-    async def fetch(self, key: bytes, room: Room) -> memoryview | None:
-        """The room with the bytes of the blob as they came; None if the peer has not got it.
+    async def fetch(self, key: bytes, rooms: Rooms) -> memoryview | None:
+        """Its room with the bytes of the blob as they came; None if the peer has not got it.
 
-        Raises Damaged when the parts are not one whole.
+        Raises Damaged when the parts are not one whole, and NoRoom.
         """
         call_id, answers = self._ask(kvstore_pb2.PeerRequest(fetch=key))
         memory: memoryview | None = None
@@ -170,7 +180,7 @@ class _PeerLink:
                     return None
                 part = answer.part
                 if memory is None:
-                    memory = await room(part.total_bytes)
+                    memory = await rooms.wait_for(key, part.total_bytes)
                 end = num_bytes + len(part.data)
                 if part.offset != num_bytes or not part.data or end > len(memory):
                     raise Damaged(DamageReason.TRUNCATED)

@@ -27,12 +27,13 @@ from services.kvstore.arena import FILE_SUFFIX, Arena, remove_dead_arenas
 from services.kvstore.attached import AttachedWorker
 from services.kvstore.attached_peer import AttachedPeer
 from services.kvstore.attachment import ARENA_IDENTITY_KEY, ARENA_PATH_KEY
-from services.kvstore.blocking import Disk
+from services.kvstore.blocking import Cold, Disk
+from services.kvstore.cold_records import ColdRecords
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.leases import LeaseBook, remove_dead_clients
-from services.kvstore.lru import Lru
 from services.kvstore.peers import Peers
 from services.kvstore.pins import Pins
+from services.kvstore.s3_fifo import S3Fifo
 from services.kvstore.session_service import SessionStoreService, session_service
 from services.kvstore.sessions import SessionTable
 from services.kvstore.store import Below, TieredStore
@@ -148,14 +149,19 @@ class KvStoreServer:
             peers = Peers(config.peer_limits)
             parts.push_async_callback(peers.close)
             await peers.set_addresses(config.peers)
-            below = Below(disk=disk, peers=peers)
-            store = TieredStore(arena, Lru(), below, pins, config.limits, clock=time.monotonic)
+            cold, records = None, None
+            if config.cold is not None:
+                cold = Cold(config.cold, pins.__contains__)
+                parts.push_async_callback(cold.close)
+                records = ColdRecords(cold.link, ttl_seconds=config.cold.ttl_seconds)
+            below = Below(disk=disk, peers=peers, cold=cold)
+            store = TieredStore(arena, S3Fifo(), below, pins, config.limits, clock=time.monotonic)
             parts.push_async_callback(store.close)
             leases = LeaseBook(store.ram)
             parts.callback(leases.close)
             table = SessionTable(config.sessions_dir, config.sessions_durability)
             parts.callback(table.close)
-            sessions = SessionStoreService(table, None)
+            sessions = SessionStoreService(table, records)
             parts.push_async_callback(sessions.close)
             ticking = asyncio.create_task(_tick(store, leases, config), name="kvstore tick")
             parts.push_async_callback(_cancelled, ticking)
@@ -226,6 +232,7 @@ async def _tick(store: TieredStore, leases: LeaseBook, config: KvStoreConfig) ->
             num_blobs, num_leases = admin.collect(config.ttl_seconds)
             for tier in store.below.kept:
                 await tier.tick()
+                await store.measure(tier)
         except Exception:  # a bug; without the rim a degraded tier would never come back
             log.exception("tick_failed store=%s", config.name)
             continue

@@ -23,7 +23,7 @@ def tokens_of(header: BlobHeader) -> int:
 class TierStats:
     """Since the store started. A lookup goes down the tiers and hits at most one.
 
-    Every load is one `begin` and one `end`; the times are seconds on any one clock.
+    Every load of some blobs is one `begin` and one `end`; times are seconds on any one clock.
     """
 
     hits: int = 0
@@ -39,26 +39,34 @@ class TierStats:
     _bytes_per_second: float | None = None
 
     def begin(self, now: float) -> None:
+        """A load of some blobs begins."""
         if not self._loading:
             self._window_start, self._window_bytes = now, 0
         self._loading += 1
 
-    def end(self, now: float, started: float, header: BlobHeader | None) -> None:
-        """A load that began at `started` is over; None is a miss."""
-        self._loading -= 1
-        if header is None:
-            self.misses += 1
-            return
+    def loaded(self, now: float, started: float, header: BlobHeader) -> None:
+        """One blob came, of a load that began at `started`."""
         self.hit(header)
         self._seconds.append(now - started)
         self._latency_seconds = _mean(self._latency_seconds, now - started)
         # Loads overlap, so the rate is that of a window in which something was always under way.
         self._window_bytes += header.nbytes
         window_seconds = now - self._window_start
-        if window_seconds > 0 and (not self._loading or window_seconds >= MIN_WINDOW_SECONDS):
-            rate = self._window_bytes / window_seconds
-            self._bytes_per_second = _mean(self._bytes_per_second, rate)
-            self._window_start, self._window_bytes = now, 0
+        if window_seconds >= MIN_WINDOW_SECONDS or self._bytes_per_second is None:
+            self._end_window(now)
+
+    def end(self, now: float, *, num_missed: int) -> None:
+        self._loading -= 1
+        self.misses += num_missed
+        if not self._loading:
+            self._end_window(now)
+
+    def estimate(self, cost: TierCost) -> None:
+        """What loads cost, as long as none has been measured."""
+        if self._latency_seconds is None:
+            self._latency_seconds = cost.latency_seconds
+        if self._bytes_per_second is None:
+            self._bytes_per_second = cost.bytes_per_second
 
     def hit(self, header: BlobHeader) -> None:
         self.hits += 1
@@ -76,6 +84,12 @@ class TierStats:
         if self._latency_seconds is None or self._bytes_per_second is None:
             return None
         return TierCost(self._latency_seconds, self._bytes_per_second)
+
+    def _end_window(self, now: float) -> None:
+        seconds = now - self._window_start
+        if self._window_bytes and seconds > 0:
+            self._bytes_per_second = _mean(self._bytes_per_second, self._window_bytes / seconds)
+        self._window_start, self._window_bytes = now, 0
 
 
 def _mean(mean: float | None, new: float) -> float:

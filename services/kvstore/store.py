@@ -16,6 +16,7 @@ from typing import NamedTuple
 from services.kvstore.arena import Arena
 from services.kvstore.blob import BlobHeader, Damaged, check_blob
 from services.kvstore.loads import Found, Identity, Loads
+from services.kvstore.measure import measured_cost
 from services.kvstore.pins import Pins
 from services.kvstore.ram import EvictionPolicy, RamTier, Reservation, Resident
 from services.kvstore.stats import TierStats
@@ -31,10 +32,12 @@ PROMOTE_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreLimits:
-    # Of one `acquire`, so that a long restore leaves disk and network to the others.
-    loads_per_acquire: int = 8
+    # Loaded together: enough to be worth a thread's way there.
+    load_blobs: int = 16
+    # Groups at once of one `acquire`, so that a long restore leaves disk and network to others.
+    loads_per_acquire: int = 2
     # Of all of them together.
-    loads: int = 32
+    loads: int = 8
     # How long a load waits for somebody to let go of RAM.
     room_wait_seconds: float = 2.0
     # Of each tier.
@@ -126,31 +129,46 @@ class TieredStore:
 
         None is a miss; at the timeout the rest are misses. Cancelled, it delivers no more.
         """
-        missing = dict.fromkeys(range(len(keys)))
+        missing: dict[int, bytes] = {}
         for index, key in enumerate(keys):
             if (resident := self._use(key)) is not None:
-                del missing[index]
                 deliver(index, Found(resident, Tier.RAM))
-        indexes = iter(list(missing))
+            else:
+                missing[index] = key
+        indexes = list(missing)
+        size = self._limits.load_blobs
+        groups = iter([indexes[start : start + size] for start in range(0, len(indexes), size)])
 
-        async def load_one_by_one() -> None:
-            for index in indexes:
-                found = await self._find(keys[index], identity)
-                del missing[index]
-                deliver(index, found)
+        def deliver_missing(index: int, found: Found | None) -> None:
+            del missing[index]
+            deliver(index, found)
+
+        async def load_group_by_group() -> None:
+            for some in groups:
+                group = {index: keys[index] for index in some}
+                await self._find(group, deliver_missing, identity)
 
         try:
             async with asyncio.timeout(timeout_seconds), asyncio.TaskGroup() as tasks:
-                for _ in range(min(self._limits.loads_per_acquire, len(missing))):
-                    tasks.create_task(load_one_by_one())
+                for _ in range(self._limits.loads_per_acquire if missing else 0):
+                    tasks.create_task(load_group_by_group())
         except TimeoutError:
             for index in list(missing):
-                deliver(index, None)
+                deliver_missing(index, None)
 
     async def obtain(self, key: bytes) -> Found | None:
         """The blob of `key`, in RAM, the caller among its users; None if no tier has it."""
-        resident = self._use(key)
-        return await self._find(key, None) if resident is None else Found(resident, Tier.RAM)
+        if (resident := self._use(key)) is not None:
+            return Found(resident, Tier.RAM)
+        result: list[Found | None] = []
+        try:
+            await self.loads.load({0: key}, lambda _index, found: result.append(found), None)
+        except asyncio.CancelledError:
+            for found in result:  # it came at the moment when nobody wanted it
+                if found is not None:
+                    self.ram.let_go(found.resident)
+            raise
+        return result[0]
 
     async def bring(self, keys: Sequence[bytes], timeout_seconds: float) -> int:
         """Bring these into RAM, as far as there is time and room; how many are there."""
@@ -215,6 +233,14 @@ class TieredStore:
             if lower.degraded is None and (cost := self.stats[lower.tier].cost) is not None
         }
 
+    async def measure(self, tier: KeptTier) -> None:
+        """Find out what loads from the tier cost, unless that is known already."""
+        stats = self.stats[tier.tier]
+        if stats.cost is None and tier.degraded is None:
+            cost = await measured_cost(tier)
+            if cost is not None:
+                stats.estimate(cost)
+
     async def flush(self) -> None:
         """Until every blob is in all tiers that take it, or was given up and counted."""
         for write_back in self.write_backs.values():
@@ -260,8 +286,15 @@ class TieredStore:
             stats.hit(resident.header)
         return resident
 
-    async def _find(self, key: bytes, identity: Identity | None) -> Found | None:
-        """As `obtain`, for a key that is counted as a miss of RAM already."""
-        if (resident := self.ram.use(key)) is not None:
-            return Found(resident, Tier.RAM)
-        return await self.loads.wait_for(key, identity)
+    async def _find(
+        self,
+        wanted: dict[int, bytes],
+        deliver: Callable[[int, Found | None], None],
+        identity: Identity | None,
+    ) -> None:
+        """Of keys that are counted as misses of RAM already; meanwhile some may have come."""
+        for index, key in list(wanted.items()):
+            if (resident := self.ram.use(key)) is not None:
+                del wanted[index]
+                deliver(index, Found(resident, Tier.RAM))
+        await self.loads.load(wanted, deliver, identity)

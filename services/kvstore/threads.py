@@ -1,9 +1,10 @@
-"""Waiting for work in threads that must not be left behind."""
+"""Waiting for work that must not be left behind: threads, and tasks that stand for them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -23,3 +24,28 @@ async def finished(work: asyncio.Future[Result]) -> Result:
         if not work.cancelled():
             work.exception()  # looked at: the caller has no more use for it
         raise
+
+
+async def in_parallel(
+    calls: Iterable[Callable[[], Awaitable[Result]]], *, at_once: int
+) -> AsyncGenerator[Result]:
+    """The results as they come. When it is closed, or one of them raises, the others are cancelled
+    and it ends after their end."""
+    slots = asyncio.Semaphore(at_once)
+
+    async def in_a_slot(call: Callable[[], Awaitable[Result]]) -> Result:
+        async with slots:
+            return await call()
+
+    tasks = [asyncio.create_task(in_a_slot(call)) for call in calls]
+    try:
+        for result in asyncio.as_completed(tasks):
+            yield await result
+    finally:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await finished(asyncio.ensure_future(asyncio.wait(tasks)))
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # one has raised it; the others' say the same

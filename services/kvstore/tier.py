@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol, TypeAlias
 
-from services.kvstore.blob import BlobHeader
+from services.kvstore.blob import BlobHeader, Damaged, VerifyReport
 
 
 class Tier(IntEnum):
@@ -29,9 +29,19 @@ class NoRoom(Exception):
     """RAM has no room for the blob, and nothing that could leave."""
 
 
-# Room in the arena for a blob of that many bytes, writable, until the load ends; raises NoRoom.
-# Asked again, it takes the first room back.
-Room: TypeAlias = Callable[[int], Awaitable[memoryview]]
+class Rooms(Protocol):
+    """RAM for the blobs of one load, each by its key, until the load ends."""
+
+    def make(self, key: bytes, nbytes: int) -> memoryview | None:
+        """Room for a blob of so many bytes, writable; None while there is none. Asked again for
+        the same key, it takes the first one back."""
+
+    async def wait_for(self, key: bytes, nbytes: int) -> memoryview:
+        """As `make`, as soon as there is room; raises NoRoom if that takes too long."""
+
+
+# What became of a key: the header of the verified blob in its room, damage, or no such blob.
+Loaded: TypeAlias = tuple[bytes, BlobHeader | Damaged | None]
 
 
 class TierUsage(NamedTuple):
@@ -42,13 +52,6 @@ class TierUsage(NamedTuple):
     max_bytes: int
     evicted_blobs: int
     failures: Mapping[str, int]
-
-
-class VerifyReport(NamedTuple):
-    """What reading every blob of a tier found. `damaged`: reason -> blobs."""
-
-    num_blobs: int
-    damaged: Mapping[str, int]
 
 
 class LowerTier(Protocol):
@@ -66,11 +69,11 @@ class LowerTier(Protocol):
 
     async def contains(self, keys: Sequence[bytes]) -> Sequence[bool]: ...
 
-    async def load(self, key: bytes, room: Room) -> BlobHeader | None:
-        """Put the verified blob at the start of a room; None if the tier does not have it.
+    def load(self, keys: Sequence[bytes], rooms: Rooms) -> AsyncGenerator[Loaded]:
+        """Put the verified blobs at the start of their rooms; each key once, in any order.
 
-        Raises blob.Damaged, and what `room` raises. When it is cancelled it ends only after the
-        last of its threads let go of the room.
+        A key that does not come at all is a miss. Raises NoRoom. It ends, also when it is closed
+        or cancelled, only after the last of its threads let go of the rooms.
         """
 
     async def drop(self, keys: Sequence[bytes]) -> int:

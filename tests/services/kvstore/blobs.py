@@ -51,16 +51,22 @@ async def read(
 ) -> list[Tier | None]:
     """The tier that each came from; asserts that what came is what was saved."""
     keys = [key_of(number) for number in numbers]
+    payloads: dict[int, bytes] = {}
+
+    def consume(index: int, payload: memoryview) -> None:
+        assert index not in payloads
+        payloads[index] = bytes(payload)
+
     tiers: dict[int, Tier | None] = {}
     deadline_s = asyncio.get_running_loop().time() + timeout_s
-    async with client.acquire(keys, deadline_s=deadline_s) as blocks:
+    async with client.acquire(keys, deadline_s=deadline_s, consume=consume) as blocks:
         async for block in blocks:
             assert block.index not in tiers
             tiers[block.index] = block.tier
-            assert (block.tier is None) == (block.payload is None)
-            if block.payload is not None:
-                assert bytes(block.payload) == payload_of(numbers[block.index], nbytes)
-    assert len(tiers) == len(numbers)
+    assert sorted(tiers) == list(range(len(numbers)))
+    for index, number in enumerate(numbers):
+        assert (index in payloads) == (tiers[index] is not None)
+        assert payloads.get(index, payload_of(number, nbytes)) == payload_of(number, nbytes)
     return [tiers[index] for index in range(len(numbers))]
 
 

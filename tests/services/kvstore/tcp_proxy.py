@@ -1,4 +1,4 @@
-"""A TCP proxy that a test puts in front of a server: it can wait, and it can speak TLS."""
+"""A TCP proxy that a test puts in front of a server: it can wait, be cut, and speak TLS."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ class TcpProxy:
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
 
+    def cut(self) -> None:
+        """Break every connection; new ones are let through."""
+        for each in self._open:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._threads[0].join()
-        for each in self._open:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+        self.cut()
         for thread in self._threads:
             thread.join()
         for each in self._open:

@@ -2,13 +2,14 @@
 
 import asyncio
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from services.kvstore.client import KvClient, SaveItem
+from services.kvstore.client import Block, KvClient, SaveItem
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.tier import Tier
 from tests.services.kvstore.blobs import (
@@ -46,7 +47,6 @@ async def client(store: StoreProcess) -> AsyncIterator[KvClient]:
     async with asyncio.timeout(10):
         await client.wait_connected()
     yield client
-    assert client.num_leases == 0
     await client.close()
 
 
@@ -78,60 +78,102 @@ async def test_a_fill_that_fails_drops_its_block_alone(client: KvClient) -> None
     assert await read(client, range(3)) == [Tier.RAM, None, Tier.RAM]
 
 
-async def test_consume_gets_the_payloads_in_a_thread(client: KvClient) -> None:
-    await client.save([item_of(number) for number in range(40)])
-    payloads: dict[int, bytes] = {}
+async def test_payloads_are_consumed_in_another_thread(client: KvClient) -> None:
+    await client.save([item_of(0)])
+    threads = set[int]()
     deadline_s = asyncio.get_running_loop().time() + 5
-
-    def copy(index: int, payload: memoryview) -> None:
-        payloads[index] = bytes(payload)
-
-    keys = [key_of(number) for number in range(41)]
-    async with client.acquire(keys, deadline_s=deadline_s, consume=copy) as blocks:
-        tiers = {block.index: block.tier async for block in blocks}
-        assert client.num_leases == 0
-    assert payloads == {number: payload_of(number) for number in range(40)}
-    assert tiers == {**dict.fromkeys(range(40), Tier.RAM), 40: None}
+    async with client.acquire(
+        [key_of(0)],
+        deadline_s=deadline_s,
+        consume=lambda _index, _payload: threads.add(threading.get_ident()),
+    ) as blocks:
+        assert [block async for block in blocks] == [Block(0, Tier.RAM)]
+    assert threads and threading.get_ident() not in threads
 
 
-async def test_an_error_of_consume_reaches_the_caller(client: KvClient) -> None:
+async def test_a_payload_is_read_only(client: KvClient) -> None:
     await client.save([item_of(0)])
 
-    def fail(_index: int, _payload: memoryview) -> None:
-        raise RuntimeError("the pool refuses")
+    def write(_index: int, payload: memoryview) -> None:
+        payload[0] = 1
 
-    with pytest.raises(RuntimeError, match="the pool refuses"):
-        async with client.acquire([key_of(0)], deadline_s=1e12, consume=fail) as blocks:
+    with pytest.raises(TypeError, match="read-only"):
+        async with client.acquire([key_of(0)], deadline_s=1e12, consume=write) as blocks:
             await anext(blocks)
-    assert client.num_leases == 0
 
 
-async def test_leased_blocks_stay_while_others_leave(
+async def test_an_error_of_consume_reaches_the_caller_and_ends_the_reading(
+    client: KvClient,
+) -> None:
+    await client.save([item_of(number) for number in range(30)])
+    seen: list[int] = []
+
+    def fail(index: int, _payload: memoryview) -> None:
+        seen.append(index)
+        if index == 3:
+            raise RuntimeError("the pool refuses")
+
+    keys = [key_of(number) for number in range(30)]
+    with pytest.raises(RuntimeError, match="the pool refuses"):
+        async with client.acquire(keys, deadline_s=1e12, consume=fail) as blocks:
+            async for block in blocks:
+                assert block.index < 3
+    assert seen == [0, 1, 2, 3]
+    assert await read(client, range(30)) == [Tier.RAM] * 30
+
+
+async def test_nothing_is_consumed_once_the_acquisition_was_left(client: KvClient) -> None:
+    await client.save([item_of(number) for number in range(200)])
+    keys = [key_of(number) for number in range(200)]
+    consumed: list[int] = []
+
+    def consume(index: int, _payload: memoryview) -> None:
+        consumed.append(index)
+
+    for turns in range(20):
+        async with client.acquire(keys, deadline_s=1e12, consume=consume):
+            for _ in range(turns):
+                await asyncio.sleep(0.0002)
+        num_consumed = len(consumed)
+        await asyncio.sleep(0.002)
+        assert len(consumed) == num_consumed
+
+
+async def test_a_busy_loop_does_not_hold_up_a_reading_or_a_saving(client: KvClient) -> None:
+    many = [item_of(number) for number in range(100)]
+    saving = asyncio.create_task(client.save(many))
+    await asyncio.sleep(0)
+    time.sleep(0.5)  # noqa: ASYNC251  as a long step does
+    started = time.monotonic()
+    assert await saving == (100, 0, 0)
+    assert time.monotonic() - started < 0.1
+
+
+async def test_blocks_that_are_being_read_stay_while_others_leave(
     client: KvClient, config: KvStoreConfig
 ) -> None:
     await client.save([item_of(0)])
-    deadline_s = asyncio.get_running_loop().time() + 5
-    async with client.acquire([key_of(0)], deadline_s=deadline_s) as blocks:
-        block = await anext(blocks)
+    other = await KvClient.open(client_config(config.address))
+    async with asyncio.timeout(10):
+        await other.wait_connected()
+    entered, go_on = threading.Event(), threading.Event()
+    payloads: list[bytes] = []
+
+    def consume(_index: int, payload: memoryview) -> None:
+        entered.set()
+        assert go_on.wait(10)
+        payloads.append(bytes(payload))
+
+    deadline_s = asyncio.get_running_loop().time() + 10
+    async with client.acquire([key_of(0)], deadline_s=deadline_s, consume=consume) as blocks:
+        await asyncio.to_thread(entered.wait)
         many = 2 * config.ram_bytes // NBYTES
-        assert (await client.save([item_of(number) for number in range(1, many)])).dropped == 0
-        assert block.payload is not None
-        assert bytes(block.payload) == payload_of(0)
-    assert await read(client, [0, 1, many - 1]) == [Tier.RAM, None, Tier.RAM]
-
-
-async def test_room_comes_back_with_an_early_release(
-    client: KvClient, config: KvStoreConfig
-) -> None:
-    await client.save([item_of(0)])
-    deadline_s = asyncio.get_running_loop().time() + 5
-    many = [item_of(number) for number in range(1, config.ram_bytes // NBYTES)]
-    async with client.acquire([key_of(0)], deadline_s=deadline_s) as blocks:
-        block = await anext(blocks)
-        block.release()
-        assert block.payload is None
-        await client.save(many)
-        assert await client.locate([key_of(0)]) == [None]
+        assert (await other.save([item_of(number) for number in range(1, many)])).dropped == 0
+        go_on.set()
+        assert await anext(blocks) == Block(0, Tier.RAM)
+    assert payloads == [payload_of(0)]
+    assert await read(other, [0, 1, many - 1]) == [Tier.RAM, None, Tier.RAM]
+    await other.close()
 
 
 async def test_a_dead_store_is_a_miss_at_once_and_comes_back_by_itself(
@@ -139,28 +181,32 @@ async def test_a_dead_store_is_a_miss_at_once_and_comes_back_by_itself(
 ) -> None:
     await client.save([item_of(0), item_of(1)])
     loop = asyncio.get_running_loop()
-    async with client.acquire([key_of(0), key_of(1)], deadline_s=loop.time() + 60) as blocks:
-        first = await anext(blocks)
+    payloads: list[bytes] = []
+
+    def consume(_index: int, payload: memoryview) -> None:
         store.kill()
+        time.sleep(0.2)  # the memory of the dead store's arena is still what it was
+        payloads.append(bytes(payload))
 
-        async def noticed() -> bool:
-            return not client.connected
+    async with client.acquire([key_of(0)], deadline_s=loop.time() + 60, consume=consume) as blocks:
+        assert await anext(blocks) == Block(0, Tier.RAM)
+    assert payloads == [payload_of(0)]
 
-        await eventually(noticed)
-        started = loop.time()
-        assert await client.locate([key_of(0)]) == [None]
-        assert await read(client, [0, 1], timeout_s=60) == [None, None]
-        assert await client.save([item_of(2)]) == (0, 0, 1)
-        await client.prefetch([key_of(0)])
-        assert loop.time() - started < 1
-        with running_store(config):
-            async with asyncio.timeout(10):
-                await client.wait_connected()
-            assert await client.save([item_of(5)]) == (1, 0, 0)
-            assert await read(client, [0, 5]) == [None, Tier.RAM]
-            # The memory of the dead store's arena is still what it was.
-            assert first.payload is not None
-            assert bytes(first.payload) == payload_of(first.index)
+    async def noticed() -> bool:
+        return not client.connected
+
+    await eventually(noticed)
+    started = loop.time()
+    assert await client.locate([key_of(0)]) == [None]
+    assert await read(client, [0, 1], timeout_s=60) == [None, None]
+    assert await client.save([item_of(2)]) == (0, 0, 1)
+    await client.prefetch([key_of(0)])
+    assert loop.time() - started < 1
+    with running_store(config):
+        async with asyncio.timeout(10):
+            await client.wait_connected()
+        assert await client.save([item_of(5)]) == (1, 0, 0)
+        assert await read(client, [0, 5]) == [None, Tier.RAM]
         assert client.num_breaks == 1
 
 
@@ -199,7 +245,7 @@ async def test_a_loop_that_is_busy_elsewhere_is_not_a_store_that_is_late(
 
     async def compute() -> None:
         while True:
-            time.sleep(0.15)  # noqa: ASYNC251 as a model's layers do
+            time.sleep(0.15)  # noqa: ASYNC251  as a model's layers do
             await asyncio.sleep(0)
 
     computing = asyncio.create_task(compute())

@@ -143,34 +143,13 @@ async def test_a_block_is_loaded_once_for_all_who_wait(
     assert server.store.stats[Tier.DISK].hits == 8
 
 
-async def test_a_restore_larger_than_ram_flows_when_blocks_are_released(
-    open_store: OpenStore, connect: Connect
-) -> None:
+async def test_a_restore_larger_than_ram_flows(open_store: OpenStore, connect: Connect) -> None:
     server = await open_store(ram_bytes=256 << 10)
     client = await connect(server)
     for start in range(0, 128, 16):
         await client.save([item_of(number) for number in range(start, start + 16)])
         await server.store.flush()
-    deadline_s = asyncio.get_running_loop().time() + 20
-    keys = [key_of(number) for number in range(128)]  # 512 KiB
-    tiers: list[Tier | None] = []
-    async with client.acquire(keys, deadline_s=deadline_s) as blocks:
-        async for block in blocks:
-            tiers.append(block.tier)
-            block.release()
-    assert None not in tiers
-
-
-async def test_a_restore_that_keeps_everything_gets_misses_and_no_deadlock(
-    open_store: OpenStore, connect: Connect
-) -> None:
-    server = await open_store(ram_bytes=256 << 10)
-    client = await connect(server)
-    for start in range(0, 128, 16):
-        await client.save([item_of(number) for number in range(start, start + 16)])
-        await server.store.flush()
-    tiers = await read(client, range(128), timeout_s=1.0)
-    assert 30 < sum(tier is not None for tier in tiers) < 64
+    assert None not in await read(client, range(128), timeout_s=20)  # 512 KiB
 
 
 async def test_pinned_blocks_stay_on_a_node_without_a_disk(
@@ -180,11 +159,11 @@ async def test_pinned_blocks_stay_on_a_node_without_a_disk(
     client = await connect(server)
     await client.save([item_of(number) for number in range(4)])
     server.store.pins.pin([key_of(1)], until=1e12)
-    many = 2 * server.store.ram.arena.capacity_bytes // NBYTES
-    await client.save([item_of(number) for number in range(4, many)])
+    server.store.ram.evict(1 << 30)
     assert await read(client, range(4)) == [None, Tier.RAM, None, None]
+    await idle(server)
     assert server.store.pins.unpin([key_of(1)]) == 1
-    await client.save([item_of(number) for number in range(many, 2 * many)])
+    server.store.ram.evict(1 << 30)
     assert await read(client, [1]) == [None]
 
 
@@ -206,7 +185,6 @@ async def test_cancelled_readers_and_writers_leave_nothing_behind(
         await asyncio.sleep(delay_ms % 12 / 1000)
         task.cancel()
         await asyncio.wait([task])
-    assert client.num_leases == 0
     await idle(server)
     server.check()
     assert await read(client, [255]) in ([Tier.RAM], [Tier.DISK])

@@ -1,6 +1,7 @@
-"""A worker in a process of its own, for tests that kill or freeze it while it reads and writes:
-ADDRESS. Prints one line when it holds a read lease and is in the middle of filling a block; the
-block is filled slowly, and at the end of it the worker tells what it read before and after.
+"""A worker in a process of its own, for tests that kill, freeze or cut it off: ADDRESS read|save.
+
+It saves block 0. Then it says `busy` in the middle of reading block 0, or of saving block 1, stays
+there for a second, and says what it found in its memory: `same`, or `different` from before.
 """
 
 import asyncio
@@ -10,7 +11,14 @@ import time
 from services.kvstore.client import KvClient, SaveItem
 from tests.services.kvstore.blobs import client_config, item_of, key_of
 
-FILL_SECONDS = 1.0
+BUSY_SECONDS = 1.0
+
+
+def _stay(view: memoryview) -> None:
+    before = bytes(view)
+    print("busy", flush=True)
+    time.sleep(BUSY_SECONDS)
+    print("same" if bytes(view) == before else "different", flush=True)
 
 
 async def main() -> None:
@@ -18,25 +26,21 @@ async def main() -> None:
     async with asyncio.timeout(10):
         await client.wait_connected()
     await client.save([item_of(0)])
-    loop = asyncio.get_running_loop()
-    async with client.acquire([key_of(0)], deadline_s=loop.time() + 10) as blocks:
-        block = await anext(blocks)
-        assert block.payload is not None
-        before = bytes(block.payload)
+    if sys.argv[2] == "read":
+        deadline_s = asyncio.get_running_loop().time() + 60
+        async with client.acquire(
+            [key_of(0)], deadline_s=deadline_s, consume=lambda _index, payload: _stay(payload)
+        ) as blocks:
+            await anext(blocks)
+    else:
         item = item_of(1)
 
         def fill(view: memoryview) -> None:
-            print("filling", flush=True)
-            half = len(view) // 2
-            whole = bytearray(len(view))
-            item.fill(memoryview(whole))
-            view[:half] = whole[:half]
-            time.sleep(FILL_SECONDS)
-            view[half:] = whole[half:]
+            item.fill(view)
+            _stay(view)
 
         slow = SaveItem(item.key, item.kind, item.start, item.end, item.nbytes, fill)
-        saved = await client.save([slow])
-        print("same" if bytes(block.payload) == before else "different", *saved, flush=True)
+        await client.save([slow])
     await asyncio.to_thread(sys.stdin.readline)
     await client.close()
 
