@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import grpc
 import xxhash
 
+from model1.errors import InvalidRequest
 from protos import session_store_pb2, session_store_pb2_grpc
 from services import rpc
 from services.errors import QueueFull, Unavailable, ending_with_status
@@ -104,7 +105,10 @@ class SessionStoreService(session_store_pb2_grpc.SessionStoreServicer):
         self, request: session_store_pb2.PutSessionRecordRequest, context: Context
     ) -> session_store_pb2.PutSessionRecordResponse:
         async with _ending_with_status(context):
-            record = record_from_wire(request.record)
+            try:
+                record = record_from_wire(request.record)
+            except ValueError as error:
+                raise InvalidRequest(str(error)) from error
             put = partial(self._table.put, record, request.expected_version)
             accepted, version = await self._in_thread(self._disk_thread, put)
         if accepted and self._cold is not None:
