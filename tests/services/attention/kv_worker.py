@@ -11,6 +11,7 @@ from services.attention.kv_cache import KvCacheConfig
 from services.attention.local import LocalExperts
 from services.attention.scheduler import SchedulerLimits
 from services.generation import GenerationRequest, KvUsage
+from services.kv_keys import KeyChain, root_key
 from tests.services import tiny_model
 from tests.services.attention.memory_store import MODEL_DIGEST, MemoryStore
 from tests.services.attention.resident import CONTEXT, RecordingTrunk, answer
@@ -91,6 +92,14 @@ class Worker:
         await self.written_back()
         self.pool.forget_idle(-1)
         assert self.pool.usage().cached_blocks == 0
+
+    async def forget_all_but_the_store(self, prompt: tuple[int, ...]) -> None:
+        """As if the session had been released."""
+        await self.written_back()
+        chain = KeyChain(root_key(MODEL_DIGEST, self.pool.layout_digest))
+        chain.extend(prompt)
+        tails = [chain.tail_key(boundary) for boundary in range(len(chain.body_keys) + 1)]
+        assert self.engine.release([*chain.body_keys, *tails]) == len(chain.body_keys)
 
     async def written_back(self) -> None:
         async with asyncio.timeout(10):

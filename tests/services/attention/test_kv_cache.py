@@ -251,6 +251,18 @@ async def test_blocks_whose_saving_failed_are_saved_when_they_are_used_again() -
     assert await restored(worker.store, longer) == KvUsage(ram_tokens=896, computed_tokens=104)
 
 
+async def test_a_released_session_leaves_the_worker_with_its_tails() -> None:
+    prompt, draw = prompt_of(700), random.Random(1)
+    async with Worker().running() as worker:
+        await worker.ask(prompt)
+        await worker.forget_all_but_the_store(prompt)
+        assert await worker.ask(prompt) == KvUsage(ram_tokens=640, computed_tokens=60)
+        await worker.forget_all_but_the_store(prompt)
+        for tail in worker.store.tails():
+            worker.store.damage(tail, draw)
+        assert await worker.ask(prompt) == KvUsage(computed_tokens=700)
+
+
 async def test_two_requests_that_wait_for_one_damaged_block_both_come_out_right() -> None:
     prompt, draw = prompt_of(WHOLE_PROMPT), random.Random(1)
     store = await filled_store(prompt)

@@ -104,6 +104,11 @@ class TailCacheMachine(RuleBasedStateMachine):
         else:
             self.cache.supersede(tail)
 
+    @rule(key=st.sampled_from([b"a", b"b", b"c", b"d", b"e"]))
+    def forget(self, key: bytes) -> None:
+        self.cache.forget([key])
+        assert (key in self.cache) == (key in [tail.key for tail in self.held])
+
     @invariant()
     def whole(self) -> None:
         self.cache.check()
