@@ -108,7 +108,7 @@ def _train(parsed: Arguments) -> None:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_subparsers(dest="what", required=True, metavar="serve|model|fp8")
+    what = parser.add_subparsers(dest="what", required=True, metavar="serve|model|fp8|kv")
     words = "a deployment against one process, batch 32"
     serve = what.add_parser("serve", help=words, description=words)
     serve.add_argument("--pairs", type=positive, default=5, metavar="N", help="runs of each side")
@@ -120,7 +120,17 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     fp8 = what.add_parser("fp8", help=words, description=words)
     fp8.add_argument("--steps", type=positive, default=30, metavar="N", help="timed, of each")
     fp8.add_argument("--probes", type=positive, default=100, metavar="N", help="lists to recall")
-    for each in (serve, model, fp8):
+    words = "KV tiers: device memory saved, time to resume, bandwidth, cost without reuse"
+    kv = what.add_parser("kv", help=words, description=words)
+    kv.add_argument(
+        "--part",
+        action="append",
+        choices=("budget", "resume", "bandwidth", "no-reuse"),
+        help="this one alone; may be given again",
+    )
+    kv.add_argument("--quick", action="store_true", help="short sessions, few repetitions")
+    kv.add_argument("--plot", type=Path, metavar="FILE", help="write the curves as SVG or PNG")
+    for each in (serve, model, fp8, kv):
         add_format_flag(each)
 
 
@@ -129,6 +139,11 @@ def _bench(parsed: Arguments) -> None:
         from cluster.bench_serve import bench_serve
 
         bench_serve(num_pairs=parsed.pairs, as_json=wants_json(parsed))
+    elif parsed.what == "kv":
+        from cluster.bench_kv.bench import PARTS, bench_kv
+
+        parts = parsed.part or PARTS
+        bench_kv(parts, quick=parsed.quick, as_json=wants_json(parsed), plot=parsed.plot)
     elif parsed.what == "fp8":
         import model1.bench_fp8
 
