@@ -2,15 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import grpc
 import pytest
 
 from protos import kvstore_pb2, kvstore_pb2_grpc
 from services import rpc
+from services.kvstore.disk import DiskConfig
 from services.kvstore.server import KvStoreServer
 from services.kvstore.tier import Tier
-from tests.services.kvstore.blobs import NBYTES, item_of, key_of, read
+from tests.services.kvstore.blobs import NBYTES, eventually, item_of, key_of, read
 from tests.services.kvstore.conftest import Connect, OpenStore, idle
 
 RAM, DISK = kvstore_pb2.KV_TIER_RAM, kvstore_pb2.KV_TIER_DISK
@@ -179,3 +181,34 @@ async def test_bad_requests_are_refused_by_name(admin: kvstore_pb2_grpc.KvAdminS
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_serving_goes_on_without_a_disk_that_works_and_uses_it_when_it_does(
+    open_store: OpenStore, connect: Connect, tmp_path: Path
+) -> None:
+    place = tmp_path / "no-folder"
+    place.write_text("a file is in the way")
+    disk = DiskConfig(place, 4 << 20, segment_bytes=1 << 20, probe_seconds=0.1)
+    server = await open_store("without", disk=disk)
+    worker = await connect(server)
+    async with rpc.channel(server.address) as channel:
+        admin = kvstore_pb2_grpc.KvAdminStub(channel)
+
+        async def disk_stat() -> kvstore_pb2.KvTierStat:
+            stat = await admin.Stat(kvstore_pb2.KvStatRequest())
+            return next(tier for tier in stat.tiers if tier.tier == DISK)
+
+        assert await worker.save([item_of(number) for number in range(4)]) == (4, 0, 0)
+        assert await read(worker, range(5)) == [Tier.RAM] * 4 + [None]
+        stat = await disk_stat()
+        assert (stat.degraded, stat.waiting_blobs) != ("", 0)
+        place.unlink()
+
+        async def is_back() -> bool:
+            return not (await disk_stat()).degraded
+
+        await eventually(is_back)
+        await server.store.flush()
+        assert (await disk_stat()).blobs == 4
+        await admin.Evict(kvstore_pb2.KvEvictRequest(tier=RAM, keys=_keys(range(4))))
+        assert await read(worker, range(4)) == [Tier.DISK] * 4
