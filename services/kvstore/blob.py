@@ -90,13 +90,11 @@ class BlobHeader:
     payload_nbytes: int
 
     def __post_init__(self) -> None:
-        for name, value, length in (
-            ("key", self.key, KEY_BYTES),
-            ("model digest", self.model_digest, DIGEST_BYTES),
-            ("layout digest", self.layout_digest, DIGEST_BYTES),
-        ):
-            if len(value) != length:
-                raise ValueError(f"a blob's {name} has {length} bytes, got {len(value)}")
+        if len(self.key) != KEY_BYTES:
+            raise ValueError(f"a blob's key has {KEY_BYTES} bytes, got {len(self.key)}")
+        for digest in (self.model_digest, self.layout_digest):
+            if len(digest) != DIGEST_BYTES:
+                raise ValueError(f"a blob's digests have {DIGEST_BYTES} bytes, got {len(digest)}")
         if not 0 <= self.start <= self.end < 2**32:
             raise ValueError(f"not a token range: [{self.start}, {self.end})")
         if self.payload_nbytes < 0:

@@ -137,7 +137,8 @@ class ColdTier:
             return self._refuse()
         names = _part_keys(key, len(blob))
         try:
-            if self._link.call("EXISTS", *names, writes=False) == len(names):
+            # Of a blob of one part, asking would take as long as writing it again.
+            if len(names) > 1 and self._link.call("EXISTS", *names, writes=False) == len(names):
                 self._touch(key, len(blob))
             else:
                 self._write(key, blob, names)
@@ -246,10 +247,15 @@ class ColdTier:
             for number, name in enumerate(names)
         ]
         commands.reverse()
-        commands += [("ZADD", _INDEX, self._clock(), key), ("HSET", _LENGTHS, key, len(blob))]
-        *_, is_new = self._link.batch(commands, writes=True)
-        if is_new:
-            self._used_bytes = self._link.call("INCRBY", _SUM, len(blob), writes=True)
+        commands += [
+            ("ZADD", _INDEX, self._clock(), key),
+            ("HSET", _LENGTHS, key, len(blob)),
+            ("INCRBY", _SUM, len(blob)),
+        ]
+        *_, is_new, self._used_bytes = self._link.batch(commands, writes=True)
+        if not is_new:  # another node, or the server had dropped a part of it
+            self._used_bytes = self._link.call("DECRBY", _SUM, len(blob), writes=True)
+        else:
             excess = self._used_bytes - self._max_bytes
             if excess > 0 and self._evict(excess, self._is_pinned) < excess:
                 self._evict(self._used_bytes - self._max_bytes, lambda key: False)

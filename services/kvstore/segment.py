@@ -28,6 +28,10 @@ from services.kvstore.blob import (
 RECORD_ALIGNMENT = 512
 FILE_MODE = 0o600
 _PADDING = bytes(RECORD_ALIGNMENT)
+# Small records are read past rather than skipped: those of 20 KB came at 2,500 a second off a disk
+# when every header was a read of its own.
+_SCAN_BYTES = 64 << 10
+_PAGE_BYTES = 4096
 _SEARCH_BYTES = 1 << 20
 _ZEROS = bytes(_SEARCH_BYTES)
 
@@ -119,13 +123,19 @@ class Segment:
     def scan(self) -> Iterator[Record]:
         """Every record whose header verifies and whose end is inside the file; payloads unread."""
         offset = 0
+        window, window_offset, window_bytes = b"", 0, _PAGE_BYTES
         while offset + HEADER_BYTES <= self.num_bytes:
-            header = self._header_at(offset)
+            at = offset - window_offset
+            if at + HEADER_BYTES > len(window):
+                window, window_offset, at = self._read(window_bytes, offset), offset, 0
+            header = self._header_in(window[at : at + HEADER_BYTES], offset)
             if header is None:
                 offset = self._next_magic(offset + RECORD_ALIGNMENT)
                 continue
             yield Record(offset, header)
-            offset += record_nbytes(header.nbytes)
+            num_bytes = record_nbytes(header.nbytes)
+            offset += num_bytes
+            window_bytes = _SCAN_BYTES if num_bytes < _SCAN_BYTES else _PAGE_BYTES
 
     def cut_after_last_whole(self, records: list[Record]) -> int:
         """Drop the end of the file, and of `records`, that a crash tore; returns the bytes cut."""
@@ -146,9 +156,9 @@ class Segment:
         self.num_bytes = end
         return max(0, num_cut)
 
-    def _header_at(self, offset: int) -> BlobHeader | None:
+    def _header_in(self, sealed: bytes, offset: int) -> BlobHeader | None:
         try:
-            header = read_header(memoryview(self._read(HEADER_BYTES, offset)))
+            header = read_header(memoryview(sealed))
         except Damaged:
             return None
         return header if offset + header.nbytes <= self.num_bytes else None

@@ -201,7 +201,7 @@ def test_a_buffer_without_room_is_refused_untouched() -> None:
     ("change", "message"),
     [
         ({"key": b"short"}, "key has 32 bytes, got 5"),
-        ({"model_digest": b""}, "model digest has 16 bytes, got 0"),
+        ({"model_digest": b""}, "digests have 16 bytes, got 0"),
         ({"start": 3, "end": 2}, r"\[3, 2\)"),
         ({"payload_nbytes": -1}, "-1 bytes"),
     ],
