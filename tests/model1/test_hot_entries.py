@@ -115,8 +115,7 @@ def traffic(model: Model, pool: KVPool) -> Iterator[Tensor]:
     pool.check()
 
 
-@pytest.mark.parametrize("dtype", (F32, BF16), ids=("float32", "bfloat16"))
-@pytest.mark.parametrize("topk", (4, 70))
+@pytest.mark.parametrize(("topk", "dtype"), ((4, F32), (70, BF16)))
 def test_logits_are_those_of_a_pool_with_all_entries_on_the_device(
     topk: int, dtype: torch.dtype
 ) -> None:
@@ -220,6 +219,22 @@ def test_a_byte_budget_is_of_the_device() -> None:
         on_device = pool.layout.nbytes(Unit.BLOCK) - pool.layout.arrays["csa_entries"].unit_nbytes
         assert least + 100_000 - on_device < pool.usage().num_bytes <= least + 100_000
         assert capacity.max_tokens > 128 and capacity.hot_entries == hot_entries
+
+
+def test_a_session_may_be_longer_than_the_device_has_room_for() -> None:
+    model = model_of(8, BF16)
+    with_hot = PoolCapacity(1, 512, 64, hot_entries=64)
+    budget = KVPool(model.config, with_hot, BF16).usage().num_bytes
+    resident = PoolCapacity.within(budget, model.config, BF16, max_sequences=1, max_step_tokens=64)
+    assert resident.max_tokens < 400
+    logits = []
+    for capacity in (with_hot, replace(with_hot, hot_entries=None)):
+        pool, ids = KVPool(model.config, capacity, BF16), prompt(500)
+        handle = pool.allocate(512)
+        for start in range(0, 500, 50):
+            chunk = Chunk(handle, start, ids[start : start + 50], 50)
+            logits.append(model.step(pool, [chunk]))
+    assert all(torch.equal(a, b) for a, b in zip(logits[:10], logits[10:], strict=True))
 
 
 def test_a_buffer_of_nothing_is_refused() -> None:

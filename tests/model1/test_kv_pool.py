@@ -19,6 +19,8 @@ from model1.kv_capacity import PoolCapacity
 from model1.kv_pool import KVHandle, KVPool
 from tests.services import tiny_model
 
+CSA_LAYER = tiny_model.CONFIG.attention_kinds.index(AttentionKind.CSA)
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -49,16 +51,23 @@ class PoolUnderLoad(RuleBasedStateMachine):
         max_sequences=st.integers(1, 4),
         max_tokens=st.integers(1, 120),
         max_step_tokens=st.integers(1, 40),
+        hot_entries=st.sampled_from((None, 1, 6, 1000)),
     )
     def build(
-        self, window: int, block: int, max_sequences: int, max_tokens: int, max_step_tokens: int
+        self,
+        window: int,
+        block: int,
+        max_sequences: int,
+        max_tokens: int,
+        max_step_tokens: int,
+        hot_entries: int | None,
     ) -> None:
         config = replace(tiny_model.CONFIG, sliding_window=window, hca_ratio=block)
         self.window, self.block, self.max_step_tokens = window, block, max_step_tokens
         self.now = 0.0
         self.pool = KVPool(
             config,
-            PoolCapacity(max_sequences, max_tokens, max_step_tokens),
+            PoolCapacity(max_sequences, max_tokens, max_step_tokens, hot_entries),
             clock=lambda: self.now,
         )
         self.free_slots, self.num_blocks = max_sequences, -(-max_tokens // block)
@@ -235,6 +244,9 @@ class PoolUnderLoad(RuleBasedStateMachine):
             body = bytearray(self.pool.body_nbytes)
             self.pool.read_body(block, body)
             assert body == self._body(block)
+            entries = self.pool.layers[CSA_LAYER].entries.gather_units(torch.tensor([[block]]))
+            stamp = int.from_bytes(self.stamps[block], "little")
+            assert (entries.view(torch.int32) == stamp).all()
 
     @invariant()
     def what_a_next_query_sees_stays_where_it_was_written(self) -> None:
@@ -298,7 +310,7 @@ class PoolUnderLoad(RuleBasedStateMachine):
 
 
 TestPoolUnderLoad = PoolUnderLoad.TestCase
-TestPoolUnderLoad.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+TestPoolUnderLoad.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
 
 
 @pytest.mark.parametrize("window", (2, 4, 8, 16))
