@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import redis
 import xxhash
 
 from cluster.bench_kv.rig import MAX_STEP_TOKENS, Rig, tell
@@ -23,8 +24,11 @@ from model1.kv_capacity import PoolCapacity
 from model1.kv_pool import KVPool
 from services.kvstore.blob import HEADER_BYTES, BlobHeader, BlobKind, seal_into
 from services.kvstore.client import KvClient, SaveItem
+from services.kvstore.cold import PART_BYTES, ColdTier
 from services.kvstore.disk import DiskConfig, DiskTier
+from services.kvstore.redis_link import RedisConfig, RedisLink
 from services.kvstore.tier import Tier
+from services.kvstore.valkey import EmbeddedValkey
 
 NUM_BODIES = 64  # 8K tokens
 NUM_TAILS = 8
@@ -64,7 +68,8 @@ async def measure_bandwidth(rig: Rig, folder: Path, repeats: int) -> Bandwidths:
         ram = await _ram(client, pool, payloads, repeats * 5)
     tell("bandwidth of the disk")
     disk = await _disk(folder, payloads, repeats)
-    pairs = [("ram", ram, 1), ("disk", disk, 1)]
+    tell("bandwidth of Redis")
+    cold = await _cold(folder, payloads, repeats)
     return Bandwidths(
         blob_bytes=total,
         num_blobs=len(sizes),
@@ -75,9 +80,9 @@ async def measure_bandwidth(rig: Rig, folder: Path, repeats: int) -> Bandwidths:
                 ours=total / ours,
                 plain=total / plain,
                 ratio=plain / ours,
-                verify_share=reads * (total / checksum) / ours,
+                verify_share=total / checksum / ours,
             )
-            for name, (ours, plain), reads in pairs
+            for name, (ours, plain) in {"ram": ram, "disk": disk, "cold": cold}.items()
         ),
     )
 
@@ -152,6 +157,40 @@ async def _disk(folder: Path, payloads: Sequence[memoryview], repeats: int) -> t
         )
     finally:
         tier.close()
+
+
+async def _cold(folder: Path, payloads: Sequence[memoryview], repeats: int) -> tuple[float, float]:
+    blobs = [_sealed(number, payload) for number, payload in enumerate(payloads)]
+    parts = [
+        blob[start : start + PART_BYTES]
+        for blob in blobs
+        for start in range(0, len(blob), PART_BYTES)
+    ]
+    largest = memoryview(bytearray(max(map(len, blobs))))
+    total = sum(map(len, blobs))
+    server = EmbeddedValkey(folder / "bandwidth-valkey", max_bytes=8 * total)
+    link = RedisLink(RedisConfig(server.url, server.password))
+    raw = redis.Redis(host=server.host, port=server.port, password=server.password)
+    try:
+        tier = ColdTier(link, max_bytes=4 * total, ttl_seconds=3600.0)
+        for number, blob in enumerate(blobs):
+            assert tier.put(_key(number), memoryview(blob))
+        for number, part in enumerate(parts):
+            raw.set(f"plain:{number}", bytes(part))
+
+        def ours() -> None:
+            for number in range(len(blobs)):
+                assert tier.get_into(_key(number), lambda nbytes: largest[:nbytes]) is not None
+
+        def plain() -> None:
+            for number in range(len(parts)):
+                assert raw.get(f"plain:{number}") is not None
+
+        return await _taking_turns(repeats, _async(ours), _async(plain))
+    finally:
+        raw.close()
+        link.close()
+        server.stop()
 
 
 async def _taking_turns(

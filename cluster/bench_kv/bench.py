@@ -83,7 +83,7 @@ async def _measure(
         if "no-reuse" in parts:
             found["no_reuse"] = await measure_no_reuse(rig, scale.requests)
         if "resume" in parts:
-            tiers = [Tier.RAM, Tier.DISK]
+            tiers = [Tier.RAM, Tier.DISK, Tier.COLD]
             found["resumed"] = await measure_resume(rig, scale.lengths, tiers, scale.repeats)
         if "budget" in parts:
             found["budgets"] = await measure_budgets(rig, scale.load, scale.savings)

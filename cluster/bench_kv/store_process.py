@@ -50,17 +50,26 @@ async def bench_store(settings: StoreSettings) -> AsyncIterator[BenchStore]:
 
 async def _serve(settings: StoreSettings) -> None:
     from services.kvstore.admin import Admin
+    from services.kvstore.blocking import ColdConfig
     from services.kvstore.config import KvStoreConfig
     from services.kvstore.disk import DiskConfig
+    from services.kvstore.redis_link import RedisConfig
     from services.kvstore.server import KvStoreServer
+    from services.kvstore.valkey import EmbeddedValkey
 
     folder = Path(settings.folder)
+    valkey = EmbeddedValkey(folder / "valkey", max_bytes=settings.cold_bytes)
     server = await KvStoreServer.open(
         KvStoreConfig(
             name="bench",
             arena_dir=Path("/dev/shm") / folder.name,
             ram_bytes=settings.ram_bytes,
             disk=DiskConfig(folder / "disk", settings.disk_bytes),
+            cold=ColdConfig(
+                redis=RedisConfig(valkey.url, valkey.password),
+                max_bytes=settings.cold_bytes,
+                ttl_seconds=3600.0,
+            ),
         )
     )
     try:
@@ -77,6 +86,7 @@ async def _serve(settings: StoreSettings) -> None:
             print(json.dumps("done"), flush=True)
     finally:
         await server.stop(grace_seconds=1.0)
+        valkey.stop()
 
 
 if __name__ == "__main__":
