@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 # A command as it goes out. Memory views are sent as they are, without a copy.
 Command: TypeAlias = tuple[bytes | memoryview | str | int | float, ...]
 
+_ERRORS = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
 _SCHEMES = ("redis", "rediss", "unix")
 _PROBE_KEY = b"model1:probe"
 _PROBE_TTL_MS = 10_000
@@ -69,7 +70,8 @@ class RedisDown(Exception):
 
 
 class RedisLink:
-    """A pool of connections to one server, or to a cluster, behind one breaker."""
+    """A pool of connections to one server behind one breaker. If it turns out to be of a cluster,
+    all nodes of that are used; what one of them fails is a failure of the whole."""
 
     def __init__(self, config: RedisConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.failures: Counter[str] = Counter()  # by the class of the error
@@ -78,7 +80,8 @@ class RedisLink:
         self._breaker = Breaker(
             slow_seconds=config.slow_seconds, probe_seconds=config.probe_seconds, clock=clock
         )
-        self._client = _client(config)
+        self._client: redis.Redis | redis.RedisCluster = _client(config)
+        self._is_cluster = False
 
     @property
     def degraded(self) -> str | None:
@@ -96,7 +99,7 @@ class RedisLink:
     def call(self, *command: bytes | memoryview | str | int | float, writes: bool) -> Any:
         """The answer to one command; raises RedisDown."""
         with self._asking(writes=writes):
-            return self._client.execute_command(*command)
+            return self._execute(*command)
 
     def batch(self, commands: Sequence[Command], *, writes: bool) -> list[Any]:
         """The answers to several commands sent at once, not as a transaction; raises RedisDown."""
@@ -119,7 +122,7 @@ class RedisLink:
 
         Raises RedisDown.
         """
-        with self._asking(writes=True), self._client.pipeline() as pipeline:
+        with self._asking(writes=True), self._client.pipeline(transaction=True) as pipeline:
             pipeline.watch(key)
             there = pipeline.getrange(key, 0, max(len(prefix) - 1, 0))
             if there != prefix:
@@ -142,14 +145,17 @@ class RedisLink:
         if not self._breaker.wants_probe:
             return
         try:
+            if self._is_cluster and not isinstance(self._client, redis.RedisCluster):
+                self._client.close()
+                self._client = _cluster_client(self._config)
             started = self._clock()
             for command in (
                 ("SET", _PROBE_KEY, b"1", "PX", _PROBE_TTL_MS),
                 ("GET", _PROBE_KEY),
             ):
-                self._client.execute_command(*command)
+                self._execute(*command)
             seconds = (self._clock() - started) / 2
-        except (redis.RedisError, OSError) as error:
+        except _ERRORS as error:
             self._note(error)
             return
         if seconds >= self._config.slow_seconds:
@@ -161,6 +167,10 @@ class RedisLink:
     def close(self) -> None:
         self._client.close()
 
+    def _execute(self, *command: bytes | memoryview | str | float) -> Any:
+        client: Any = self._client  # redis-py leaves the method untyped
+        return client.execute_command(*command)
+
     @contextmanager
     def _asking(self, *, writes: bool, num_answers: int = 1) -> Iterator[None]:
         breaker = self._breaker
@@ -169,7 +179,7 @@ class RedisLink:
         started = self._clock()
         try:
             yield
-        except (redis.RedisError, OSError) as error:
+        except _ERRORS as error:
             self._note(error)
             raise RedisDown(breaker.reason) from None  # the words of the cause may tell too much
         seconds = (self._clock() - started) / num_answers
@@ -180,13 +190,18 @@ class RedisLink:
 
     def _note(self, error: Exception) -> None:
         self.failures[type(error).__name__] += 1
+        if isinstance(error, redis.exceptions.MovedError):
+            self._is_cluster = True
         refuses_writes = isinstance(error, redis.OutOfMemoryError | redis.ReadOnlyError)
         reason = self._without_secrets(_words(error, self._config.timeout_seconds))
         if self._breaker.failed(reason, reads_work=refuses_writes):
             log.warning("redis_degraded reason=%s", reason)
         if not refuses_writes:
             # A pooled connection may be to a server that is gone, or have half an answer in it.
-            self._client.connection_pool.disconnect(inuse_connections=False)
+            if isinstance(self._client, redis.RedisCluster):
+                self._client.disconnect_connection_pools()
+            else:
+                self._client.connection_pool.disconnect(inuse_connections=False)
 
     def _without_secrets(self, words: str) -> str:
         for secret in (self._config.password, urlsplit(self._config.url).password):
@@ -196,12 +211,27 @@ class RedisLink:
 
 
 def _client(config: RedisConfig) -> redis.Redis:
+    pool = redis.BlockingConnectionPool.from_url(
+        config.url,
+        timeout=config.timeout_seconds,  # for a connection, when all are in use
+        command_packer=PythonRespSerializer(_COPY_BELOW_BYTES, _encoded),
+        **_options(config),
+    )
+    return redis.Redis(connection_pool=pool)
+
+
+def _cluster_client(config: RedisConfig) -> redis.RedisCluster:
+    """Connected to the nodes that the one of the URL knows."""
+    return redis.RedisCluster.from_url(config.url, **_options(config))
+
+
+def _options(config: RedisConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "socket_timeout": config.timeout_seconds,
         "socket_connect_timeout": config.timeout_seconds,
+        "max_connections": config.max_connections,
         # The breaker decides when to ask again; a request does not wait for that.
         "retry": Retry(NoBackoff(), 0),
-        "command_packer": PythonRespSerializer(_COPY_BELOW_BYTES, _encoded),
         "client_name": "model1",
         "protocol": 2,
     }
@@ -209,13 +239,7 @@ def _client(config: RedisConfig) -> redis.Redis:
         options["password"] = config.password
     if config.ca_file is not None and config.url.startswith("rediss:"):
         options["ssl_ca_certs"] = str(config.ca_file)
-    pool = redis.BlockingConnectionPool.from_url(
-        config.url,
-        max_connections=config.max_connections,
-        timeout=config.timeout_seconds,
-        **options,
-    )
-    return redis.Redis(connection_pool=pool)
+    return options
 
 
 def plain_client(config: RedisConfig) -> PlainClient:
@@ -239,6 +263,8 @@ def _words(error: Exception, timeout_seconds: float) -> str:
             return "out of memory"
         case redis.ReadOnlyError():
             return "read-only"
+        case redis.exceptions.MovedError():
+            return "is a cluster: its other nodes are yet to be found"
         case redis.BusyLoadingError():
             return "still loading its data"
         case redis.TimeoutError():
