@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import pytest
 
 _SCRUBBED_PREFIXES = ("MODEL1_", "RAY_")
@@ -18,6 +19,10 @@ def _settle_environment() -> None:
         del os.environ[name]
     os.environ.update(_FIXED)
 
+
+# What takes long on a busy machine is not wrong; a test's own timeout is limit enough.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 # While this file is imported, before any other conftest: Ray and OpenMP read theirs when they are
 # first imported, and pytest_configure comes after that.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 import redis
@@ -53,16 +53,6 @@ class RedisConfig:
     def __post_init__(self) -> None:
         if urlsplit(self.url).scheme not in _SCHEMES:
             raise ValueError(f"a Redis URL starts with one of {', '.join(_SCHEMES)}")
-
-
-class PlainClient(Protocol):
-    """What benchmarks compare with: redis-py as it comes."""
-
-    def get(self, name: str) -> object: ...
-
-    def set(self, name: str, value: bytes) -> object: ...
-
-    def close(self) -> None: ...
 
 
 class RedisDown(Exception):
@@ -240,11 +230,6 @@ def _options(config: RedisConfig) -> dict[str, Any]:
     if config.ca_file is not None and config.url.startswith("rediss:"):
         options["ssl_ca_certs"] = str(config.ca_file)
     return options
-
-
-def plain_client(config: RedisConfig) -> PlainClient:
-    client: PlainClient = redis.Redis.from_url(config.url, password=config.password)
-    return client
 
 
 def _encoded(argument: bytes | memoryview | str | float) -> bytes | memoryview:
