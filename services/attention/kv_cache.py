@@ -35,7 +35,7 @@ class KvCacheConfig:
     """What is kept, where, and how long a request waits for it."""
 
     # A sequence can be resumed at each of these boundaries, and at its last one. A tail is kept for
-    # each: about as large as the bodies of a hundred blocks divided by the number of CSA layers.
+    # each, as large as the bodies of six to nine blocks: at 8 it doubles what is stored.
     resume_every_blocks: int = 8
     # Blocks that no request used for so long leave the device.
     idle_seconds: float = 300.0
@@ -43,7 +43,8 @@ class KvCacheConfig:
     load_timeout_seconds: float = 10.0
     # It waits so long even where computing is predicted to be faster: measured costs err.
     load_patience_seconds: float = 1.0
-    # Tails in the worker's own memory, at least two for each running sequence.
+    # Tails in the worker's own memory. Each running sequence needs one, or its turn cannot be
+    # resumed at its end.
     staging_bytes: int = 256 * 2**20
     # Blocks that wait for the block store stay on the device.
     max_writeback_bytes: int = 64 * 2**20
@@ -197,4 +198,12 @@ def _num_tails(pool: KVPool, config: KvCacheConfig) -> int:
     """As many as fit; more than one for each block on the device could not be used."""
     usage = pool.usage()
     fitting = config.staging_bytes // pool.tail_nbytes
+    if fitting < usage.max_sequences:
+        log.warning(
+            "staging_too_small tails=%d max_sequences=%d staging_bytes=%d tail_bytes=%d",
+            fitting,
+            usage.max_sequences,
+            config.staging_bytes,
+            pool.tail_nbytes,
+        )
     return max(2, min(fitting, usage.max_blocks + 2 * usage.max_sequences))

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 from model1.kv_pool import KVPool
@@ -92,7 +93,7 @@ class WriteBack:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                while batch := list(self._waiting.values())[:MAX_BATCH_BLOBS]:
+                while batch := list(islice(self._waiting.values(), MAX_BATCH_BLOBS)):
                     await self._save(batch)
         finally:
             self._counters.dropped_blobs += len(self._waiting)

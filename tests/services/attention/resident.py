@@ -59,12 +59,9 @@ class RecordingTrunk:
 
     def _recorded(self, batch: Batch, forward: Forward) -> Generator[Any, Any, Tensor]:
         logits = yield from forward
-        ends = [chunk.end for chunk in batch.chunks if chunk.num_logits]
-        # Rows come in the order in which the chunks were given, which `batch.chunks` is not: the
-        # positions that were computed are enough.
-        for row in logits:
-            for end in ends:
-                self.rows[end].add(_bytes(row))
+        ends = batch.positions[batch.logit_rows] + 1
+        for row, end in zip(logits, ends.tolist(), strict=True):
+            self.rows[end].add(_bytes(row))
         return logits
 
 
