@@ -31,6 +31,9 @@ MAX_DAMAGED_COPIES = 2 * len(Tier)
 Consume: TypeAlias = Callable[[int, memoryview], None]
 
 
+_TIERS = {int(tier): tier for tier in Tier}
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """What became of one key. The tier that had it, and its payload was consumed; None: a miss."""
@@ -43,12 +46,16 @@ class Block:
 class RestoreStats:
     """Of all acquisitions of a client."""
 
-    blobs: Counter[Tier] = field(default_factory=Counter)
-    nbytes: Counter[Tier] = field(default_factory=Counter)
+    blobs: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
+    nbytes: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
     misses: int = 0
     damaged: Counter[str] = field(default_factory=Counter)
     # Verifying and consuming.
     seconds: float = 0.0
+
+    def restored(self, tier: Tier, nbytes: int) -> None:
+        self.blobs[tier] += 1
+        self.nbytes[tier] += nbytes
 
 
 class Reading:
@@ -101,8 +108,8 @@ class Reading:
         indexes = self._calls[call_id]
         started = time.perf_counter()
         granted = message.granted
-        arena = self._attachment.arena
-        over = []  # leases
+        view = self._attachment.arena.view
+        over: list[int] = []  # leases
         for row, tier, lease, offset, length in zip(
             granted.indexes,
             granted.tiers,
@@ -111,14 +118,14 @@ class Reading:
             granted.lengths,
             strict=True,
         ):
-            if self._over.is_set() or indexes[row] not in self._waiting:
-                over.append(lease)  # `consume` has failed, or the store says things twice
-            elif (
-                reason := self._read(indexes[row], Tier(tier), arena.view(offset, length))
-            ) is None:
+            index = indexes[row]
+            reason = None
+            if index in self._waiting and self._error is None:
+                reason = self._read(index, _TIERS[tier], view(offset, length))
+            if reason is None:
                 over.append(lease)
             else:
-                self._ask_again(indexes[row], lease, reason)
+                self._ask_again(index, _TIERS[tier], lease, reason)
         self._attachment.release(over)
         self._stats.seconds += time.perf_counter() - started
         self._miss([indexes[row] for row in granted.missed])
@@ -138,9 +145,6 @@ class Reading:
                 layout_digest=self._layout_digest,
             )
         except Damaged as damage:
-            self._stats.damaged[damage.reason] += 1
-            name, key = tier.name, self._keys[index].hex()
-            log.warning("damaged_blob tier=%s reason=%s key=%s", name, damage.reason, key)
             return damage.reason
         try:
             self._consume(index, payload.toreadonly())
@@ -148,8 +152,7 @@ class Reading:
             self._error = error
             self._over.set()
             return None
-        self._stats.blobs[tier] += 1
-        self._stats.nbytes[tier] += len(payload)
+        self._stats.restored(tier, len(payload))
         self._settle(Block(index, tier))
         return None
 
@@ -165,8 +168,11 @@ class Reading:
         else:
             self._miss(indexes)
 
-    def _ask_again(self, index: int, lease: int, reason: DamageReason) -> None:
+    def _ask_again(self, index: int, tier: Tier, lease: int, reason: DamageReason) -> None:
         """The store drops the copy in its RAM and looks further down."""
+        self._stats.damaged[reason] += 1
+        key = self._keys[index].hex()
+        log.warning("damaged_blob tier=%s reason=%s key=%s", tier.name, reason, key)
         report = kvstore_pb2.ReportDamaged(lease=lease, reason=reason)
         self._attachment.send(kvstore_pb2.WorkerMessage(damaged=report))
         self._num_damaged[index] += 1

@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import TypeAlias
 
 import xxhash
 
@@ -40,6 +41,10 @@ MAGIC = b"MODEL1KV"
 _CHECKED = struct.Struct(f"<8sHHII4xQ{KEY_BYTES}s{DIGEST_BYTES}s{DIGEST_BYTES}s8xQ8x")
 _CHECKSUM = struct.Struct("<Q")
 _BLANK = bytes(HEADER_BYTES)
+
+# Magic, version, kind, start, end, payload length, key, model digest, layout digest, and the
+# checksum that the payload must have.
+_Fields: TypeAlias = tuple[bytes, int, int, int, int, int, bytes, bytes, bytes, int]
 
 
 class BlobKind(IntEnum):
@@ -59,6 +64,9 @@ class DamageReason(StrEnum):
     MODEL = "model"
     LAYOUT = "layout"
     PAYLOAD_CHECKSUM = "payload_checksum"
+
+
+_KINDS = frozenset(map(int, BlobKind))
 
 
 class Damaged(Exception):
@@ -137,15 +145,16 @@ def read_header(buffer: memoryview) -> BlobHeader:
 
     Raises Damaged.
     """
-    return _read_header(buffer)[0]
+    return _header_of(_verified_fields(buffer))
 
 
 def check_blob(buffer: memoryview, key: bytes) -> BlobHeader:
     """Verify that `buffer` starts with the blob of `key`, whatever its model; raises Damaged."""
-    header, payload_checksum = _read_header(buffer)
+    fields = _verified_fields(buffer)
+    header = _header_of(fields)
     if header.key != key:
         raise Damaged(DamageReason.KEY)
-    _check_payload(buffer, header, payload_checksum)
+    _verified_payload(buffer, fields)
     return header
 
 
@@ -157,33 +166,39 @@ def open_blob(
     Raises Damaged unless it is the blob of `key`, of this model in this layout, bit for bit as it
     was sealed.
     """
-    header, payload_checksum = _read_header(buffer)
-    if header.key != key:
+    fields = _verified_fields(buffer)
+    _, _, kind, start, end, _, sealed_key, sealed_model, sealed_layout, _ = fields
+    # Not as a BlobHeader: that takes as long as the checksum of a payload.
+    if kind not in _KINDS or start > end:
+        raise Damaged(DamageReason.HEADER_FIELD)
+    if sealed_key != key:
         raise Damaged(DamageReason.KEY)
-    if header.model_digest != model_digest:
+    if sealed_model != model_digest:
         raise Damaged(DamageReason.MODEL)
-    if header.layout_digest != layout_digest:
+    if sealed_layout != layout_digest:
         raise Damaged(DamageReason.LAYOUT)
-    return _check_payload(buffer, header, payload_checksum)
+    return _verified_payload(buffer, fields)
 
 
-def _read_header(buffer: memoryview) -> tuple[BlobHeader, int]:
-    """The verified header and the checksum that its payload must have."""
+def _verified_fields(buffer: memoryview) -> _Fields:
     if len(buffer) < HEADER_BYTES:
         raise Damaged(DamageReason.TRUNCATED)
     checked = bytes(buffer[: _CHECKED.size])
-    magic, version, kind, start, end, payload_nbytes, key, model_digest, layout_digest, payload = (
-        _CHECKED.unpack(checked)
-    )
-    if magic != MAGIC:
+    fields: _Fields = _CHECKED.unpack(checked)
+    if fields[0] != MAGIC:
         raise Damaged(DamageReason.MAGIC)
-    if version != FORMAT_VERSION:
+    if fields[1] != FORMAT_VERSION:
         raise Damaged(DamageReason.VERSION)
     (checksum,) = _CHECKSUM.unpack(buffer[_CHECKED.size : HEADER_BYTES])
     if checksum != xxhash.xxh3_64_intdigest(checked):
         raise Damaged(DamageReason.HEADER_CHECKSUM)
+    return fields
+
+
+def _header_of(fields: _Fields) -> BlobHeader:
+    _, _, kind, start, end, payload_nbytes, key, model_digest, layout_digest, _ = fields
     try:
-        header = BlobHeader(
+        return BlobHeader(
             kind=BlobKind(kind),
             key=key,
             model_digest=model_digest,
@@ -194,12 +209,12 @@ def _read_header(buffer: memoryview) -> tuple[BlobHeader, int]:
         )
     except ValueError as error:  # sealed by something that is not this code
         raise Damaged(DamageReason.HEADER_FIELD) from error
-    return header, payload
 
 
-def _check_payload(buffer: memoryview, header: BlobHeader, checksum: int) -> memoryview:
-    payload = buffer[HEADER_BYTES : header.nbytes]
-    if len(payload) != header.payload_nbytes:
+def _verified_payload(buffer: memoryview, fields: _Fields) -> memoryview:
+    payload_nbytes, checksum = fields[5], fields[9]
+    payload = buffer[HEADER_BYTES : HEADER_BYTES + payload_nbytes]
+    if len(payload) != payload_nbytes:
         raise Damaged(DamageReason.TRUNCATED)
     if xxhash.xxh3_64_intdigest(payload) != checksum:
         raise Damaged(DamageReason.PAYLOAD_CHECKSUM)
