@@ -5,24 +5,32 @@ Every one is a process of its own; the nodes are two ports of the loopback addre
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from services.kvstore.blocking import ColdConfig
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.disk import DiskConfig
+from services.kvstore.redis_link import RedisConfig
 from services.kvstore.tier import Tier
+from services.kvstore.valkey import EmbeddedValkey
 from tests.soak.store_process import StoreProcess
 
 RAM_BYTES = 256 << 20
 DISK_BYTES = 4 << 30
+REDIS_BYTES = 2 << 30
 
 
 class TwoNodes:
     """`home` is where the worker is."""
 
-    def __init__(self, directory: Path, home: StoreProcess, peer: StoreProcess) -> None:
+    def __init__(
+        self, directory: Path, valkey: EmbeddedValkey, home: StoreProcess, peer: StoreProcess
+    ) -> None:
+        self.valkey = valkey
         self.home = home
         self.peer = peer
         self.home_disk = directory / "home" / "disk"
@@ -50,6 +58,8 @@ class TwoNodes:
         if tier is Tier.PEER:
             await self.peer.do("flush")
             await self.peer.drop(Tier.DISK, keys)
+        if tier < Tier.COLD:
+            await self.home.drop(Tier.COLD, keys)
 
     async def drop(self, key: bytes, tier: Tier) -> None:
         """From a tier in which it was isolated."""
@@ -81,23 +91,37 @@ class TwoNodes:
 
 @asynccontextmanager
 async def two_nodes(directory: Path) -> AsyncIterator[TwoNodes]:
-    home = await StoreProcess.start(_store_config("home", directory / "home"))
-    peer = await StoreProcess.start(_store_config("peer", directory / "peer"))
-    nodes = TwoNodes(directory, home, peer)
+    valkey = await asyncio.to_thread(
+        EmbeddedValkey, directory / "valkey", max_bytes=2 * REDIS_BYTES
+    )
     try:
-        await home.do("peers", addresses=[peer.address])
-        await peer.do("peers", addresses=[home.address])
-        yield nodes
-        await nodes.stop()
+        redis = RedisConfig(
+            url=valkey.url,
+            password=valkey.password,
+            # On a machine with other things to do: a busy Redis is to be used all the same.
+            timeout_seconds=30.0,
+            slow_seconds=20.0,
+        )
+        home = await StoreProcess.start(_store_config("home", directory, redis))
+        peer = await StoreProcess.start(_store_config("peer", directory, redis))
+        nodes = TwoNodes(directory, valkey, home, peer)
+        try:
+            await home.do("peers", addresses=[peer.address])
+            await peer.do("peers", addresses=[home.address])
+            yield nodes
+            await nodes.stop()
+        finally:
+            await nodes.kill()
     finally:
-        await nodes.kill()
+        await asyncio.to_thread(valkey.stop)
 
 
-def _store_config(name: str, directory: Path) -> KvStoreConfig:
+def _store_config(name: str, directory: Path, redis: RedisConfig) -> KvStoreConfig:
     return KvStoreConfig(
         name=name,
         address=f"unix:/tmp/model1-proof-{secrets.token_hex(6)}.sock",
-        arena_dir=directory / "arena",
+        arena_dir=directory / name / "arena",
         ram_bytes=RAM_BYTES,
-        disk=DiskConfig(directory / "disk", max_bytes=DISK_BYTES),
+        disk=DiskConfig(directory / name / "disk", max_bytes=DISK_BYTES),
+        cold=ColdConfig(redis=redis, max_bytes=REDIS_BYTES, ttl_seconds=86400),
     )

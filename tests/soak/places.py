@@ -37,11 +37,7 @@ class Pair(NamedTuple):
         return self.first if self.first is self.second else f"{self.first} + {self.second}"
 
 
-PAIRS = tuple(
-    pair
-    for pair in itertools.starmap(Pair, itertools.combinations_with_replacement(Place, 2))
-    if Place.COLD not in pair
-)
+PAIRS = tuple(itertools.starmap(Pair, itertools.combinations_with_replacement(Place, 2)))
 
 
 class SessionKeys(NamedTuple):

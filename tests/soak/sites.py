@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import redis
+
 from services.kvstore.tier import Tier
 from tests.soak.damage import HEADER_BYTES
 from tests.soak.nodes import TwoNodes
@@ -21,6 +23,9 @@ _PAYLOAD_NBYTES = struct.Struct("<24xQ")
 
 class Site(Protocol):
     """The blobs of a tier, past everybody who guards them. Keys that are not there are an error."""
+
+    # Whether a blob's place is as long as the blob, whatever is written there.
+    is_fixed_size: bool
 
     @property
     def tier(self) -> Tier: ...
@@ -39,6 +44,8 @@ class _Span(NamedTuple):
 
 class ArenaSite:
     """The shared memory of the home node's store, or of the peer's."""
+
+    is_fixed_size = True
 
     def __init__(self, tier: Tier) -> None:
         assert tier is Tier.RAM or tier is Tier.PEER
@@ -60,6 +67,7 @@ class ArenaSite:
 class DiskSite:
     """The segment files of the home node's store."""
 
+    is_fixed_size = True
     tier = Tier.DISK
 
     async def read(self, nodes: TwoNodes, keys: Sequence[bytes]) -> list[bytes]:
@@ -74,6 +82,32 @@ class DiskSite:
             if path.is_file() and path.stat().st_size > HEADER_BYTES:
                 found |= _find(path, keys)
         return [found[key] for key in keys]
+
+
+class RedisSite:
+    """The values in the Valkey that both nodes use."""
+
+    is_fixed_size = False
+    tier = Tier.COLD
+
+    async def read(self, nodes: TwoNodes, keys: Sequence[bytes]) -> list[bytes]:
+        with _redis(nodes) as client:
+            return [client.get(_value_name(key)) for key in keys]
+
+    async def write(self, nodes: TwoNodes, keys: Sequence[bytes], blobs: Sequence[bytes]) -> None:
+        with _redis(nodes) as client:
+            for key, blob in zip(keys, blobs, strict=True):
+                client.set(_value_name(key), blob, keepttl=True)
+
+
+def _redis(nodes: TwoNodes) -> redis.Redis:
+    valkey = nodes.valkey
+    return redis.Redis(host=valkey.host, port=valkey.port, password=valkey.password)
+
+
+def _value_name(key: bytes) -> str:
+    """Of a blob that fits a value; a longer one has more of them."""
+    return f"{{model1:{key.hex()}}}:0"
 
 
 def _find(path: Path, keys: Sequence[bytes]) -> dict[bytes, _Span]:

@@ -8,6 +8,7 @@ from model1.modules import packed
 from tests.services import tiny_model
 from tests.soak.traffic import LONGEST_TOKENS
 
+SEED = 11
 INDEX_TOPK = 64  # of up to LONGEST_TOKENS / 4 entries
 
 CONFIG = ModelConfig.from_dict(
@@ -24,7 +25,7 @@ CONFIG = ModelConfig.from_dict(
 @cache
 def soak_model() -> Model:
     """Packed as a worker has it. Equal in every process."""
-    model = tiny_model.random_model(CONFIG, seed=11)
+    model = tiny_model.random_model(CONFIG, SEED)
     packed(model.trunk)
     packed(model.experts)
     return model

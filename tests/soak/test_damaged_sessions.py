@@ -6,9 +6,9 @@ import pytest
 
 from services.kvstore.tier import Tier
 from tests.soak.damaged_sessions import TWINS_EVERY, go_on_over_damage
-from tests.soak.sites import ArenaSite, DiskSite, Site
+from tests.soak.sites import ArenaSite, DiskSite, RedisSite, Site
 
-SITES = (ArenaSite(Tier.RAM), DiskSite(), ArenaSite(Tier.PEER))
+SITES = (ArenaSite(Tier.RAM), DiskSite(), ArenaSite(Tier.PEER), RedisSite())
 
 
 async def test_a_few_sessions_go_on_over_damage(tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ from tests.soak.traffic import LONGEST_TOKENS
 
 
 async def test_a_few_sessions_say_what_resident_ones_say(tmp_path: Path) -> None:
-    report = await _soak(32, 2000, tmp_path)
-    assert report.num_resumes >= 10
+    report = await _soak(16, 1500, tmp_path)
+    assert report.num_resumes >= 5
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 async def test_a_thousand_sessions_through_every_pair_of_tiers(tmp_path: Path) -> None:
-    report = await _soak(1000, LONGEST_TOKENS, tmp_path)
+    report = await _soak(1650, LONGEST_TOKENS, tmp_path)
     print(report.table())
     assert set(report.resumes.by_pair) == {str(pair) for pair in PAIRS}
     assert all(report.resumes.tokens[place] > 0 for place in Place)
