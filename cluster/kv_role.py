@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from cluster.config import KvSettings
-from cluster.members import DeploymentError, Listening, Peers
+from cluster.members import DeploymentError, Listening, Peers, Redis
 from cluster.roles import Place, Serve, Serving
 from cluster.runtime_dir import runtime_dir
+
+if TYPE_CHECKING:
+    from services.kvstore.blocking import ColdConfig
 
 SHARED_MEMORY = Path("/dev/shm")
 # Beyond what is asked for: others use the file system too.
@@ -28,13 +31,16 @@ def load_kv_store(name: str, settings: KvSettings, place: Place) -> Serve:
     from services.kvstore.sessions import Durability
 
     async def serve(peers: Peers) -> Serving:
-        with ExitStack() as folders:
-            shared = folders.enter_context(
+        with ExitStack() as parts:
+            shared = parts.enter_context(
                 runtime_dir(shared_memory(settings.ram_bytes, otherwise=place.runtime_dir))
             )
+            redis = peers.redis
+            if settings.redis == "embedded" and redis is None:
+                redis = parts.enter_context(_embedded_redis(settings, place))
             own = disk = None
             if settings.disk_path is not None:
-                own = folders.enter_context(claimed_folder(settings.disk_path))
+                own = parts.enter_context(claimed_folder(settings.disk_path))
                 disk = DiskConfig(
                     own / "blobs", settings.disk_bytes, fsync=FsyncPolicy(settings.disk_fsync)
                 )
@@ -45,11 +51,12 @@ def load_kv_store(name: str, settings: KvSettings, place: Place) -> Serve:
                     arena_dir=shared,
                     ram_bytes=settings.ram_bytes,
                     disk=disk,
+                    cold=cold_config(settings, redis),
                     sessions_dir=own,
                     sessions_durability=Durability(settings.disk_fsync),
                 )
             )
-            held = folders.pop_all()
+            held = parts.pop_all()
 
         async def stop(grace_seconds: float) -> None:
             await server.stop(grace_seconds)
@@ -58,9 +65,53 @@ def load_kv_store(name: str, settings: KvSettings, place: Place) -> Serve:
         async def update(peers: Peers) -> None:
             await server.set_peers(address for _, address in peers.store_addresses)
 
-        return Serving(Listening(server.address), lambda: server.num_requests, stop, update)
+        listening = Listening(server.address, redis=redis)
+        return Serving(listening, lambda: server.num_requests, stop, update)
 
     return serve
+
+
+@contextmanager
+def _embedded_redis(settings: KvSettings, place: Place) -> Iterator[Redis]:
+    """A server for all stores of the deployment: it listens where they can reach it."""
+    from services.kvstore.valkey import EmbeddedValkey, ValkeyUnavailable
+
+    with runtime_dir(place.runtime_dir) as folder:
+        try:
+            server = EmbeddedValkey(folder, max_bytes=settings.redis_bytes, host=place.bind_host)
+        except ValkeyUnavailable as error:
+            raise DeploymentError(f"{error}; kv.redis: off does without") from error
+        try:
+            yield Redis(server.url, server.password)
+        finally:
+            server.stop()
+
+
+def cold_config(settings: KvSettings, ours: Redis | None) -> "ColdConfig | None":
+    """Raises `DeploymentError` if the password is in a file that cannot be read."""
+    from services.kvstore.blocking import ColdConfig
+    from services.kvstore.redis_link import RedisConfig
+
+    if ours is not None:
+        redis = RedisConfig(ours.url, ours.password)
+    elif settings.redis == "off":
+        return None
+    else:
+        redis = RedisConfig(settings.redis, _password(settings), ca_file=settings.redis_ca_file)
+    return ColdConfig(
+        redis=redis, max_bytes=settings.redis_bytes, ttl_seconds=settings.redis_ttl_seconds
+    )
+
+
+def _password(settings: KvSettings) -> str | None:
+    file = settings.redis_password_file
+    if file is None:
+        return settings.redis_password.get_secret_value() if settings.redis_password else None
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise DeploymentError(f"cannot read kv.redis_password_file {file}: {reason}") from error
 
 
 def shared_memory(num_bytes: int, *, otherwise: Path) -> Path:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.kv_role import SHARED_MEMORY, claimed_folder, shared_memory
-from cluster.members import DeploymentError
+from cluster.config import load_settings
+from cluster.kv_role import SHARED_MEMORY, claimed_folder, cold_config, shared_memory
+from cluster.members import DeploymentError, Redis
 
 
 def test_stores_that_are_given_one_path_take_a_folder_each(tmp_path: Path) -> None:
@@ -32,6 +33,40 @@ def test_a_path_that_is_no_folder_is_named(tmp_path: Path) -> None:
 def test_what_goes_wrong_in_the_folder_is_not_blamed_on_the_path(tmp_path: Path) -> None:
     with pytest.raises(BlockingIOError), claimed_folder(tmp_path):
         raise BlockingIOError
+
+
+def test_a_redis_of_our_own_is_everybodys() -> None:
+    settings = load_settings(environment={}).kv
+    cold = cold_config(settings, Redis("redis://10.0.0.1:7000", "hush"))
+    assert cold is not None
+    assert (cold.redis.url, cold.redis.password) == ("redis://10.0.0.1:7000", "hush")
+    assert (cold.max_bytes, cold.ttl_seconds) == (
+        settings.redis_bytes,
+        settings.redis_ttl_seconds,
+    )
+
+
+def test_a_redis_of_somebody_else_is_told_its_password(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("from-file\n")
+    flags = {"kv.redis": "rediss://user@cache:6380/1"}
+    environment = {"MODEL1_KV__REDIS_PASSWORD": "from-environment"}
+    settings = load_settings(environment=environment, flags=flags).kv
+    cold = cold_config(settings, None)
+    assert cold is not None
+    assert (cold.redis.url, cold.redis.password) == (flags["kv.redis"], "from-environment")
+    flags["kv.redis_password_file"] = str(file)
+    cold = cold_config(load_settings(environment=environment, flags=flags).kv, None)
+    assert cold is not None
+    assert cold.redis.password == "from-file"
+    file.unlink()
+    with pytest.raises(DeploymentError, match=r"redis_password_file .*password: No such file"):
+        cold_config(load_settings(environment=environment, flags=flags).kv, None)
+
+
+def test_redis_can_be_off() -> None:
+    settings = load_settings(environment={}, flags={"kv.redis": "off"}).kv
+    assert cold_config(settings, None) is None
 
 
 def test_more_than_shared_memory_has_goes_elsewhere(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
 
+from services.kvstore.valkey import EmbeddedValkey
 from tests.e2e.command import Served, run, run_json, served
 from tests.e2e.turns import BLOCKS_TOKENS, PROMPT, SESSION, generated, kv_tokens, turn
 
@@ -27,9 +29,19 @@ def ray_address() -> Iterator[str]:
         cluster.shutdown()
 
 
-def kill(deployment: Served, name: str) -> None:
-    [pid] = [member["pid"] for member in deployment.members() if member["name"] == name]
-    os.kill(pid, signal.SIGKILL)
+def kill(deployment: Served, *names: str) -> None:
+    pids = [member["pid"] for member in deployment.members() if member["name"] in names]
+    assert len(pids) == len(names)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def is_refused_once(deployment: Served) -> None:
+    """Whoever asks first is told that the worker is gone; the session is none the worse for it."""
+    refused = run(
+        *("generate", "x", *SESSION, "--max-tokens", "1", "--endpoint", deployment.endpoint)
+    )
+    assert (refused.code, "attention-0" in refused.stderr) == (3, True)
 
 
 def test_a_session_goes_on_at_another_node(tiny_checkpoint: Path, ray_address: str) -> None:
@@ -46,14 +58,48 @@ def test_a_session_goes_on_at_another_node(tiny_checkpoint: Path, ray_address: s
         [listed] = run_json("session", "list", "--endpoint", deployment.endpoint)["sessions"]
         assert listed["worker"] == "attention-0"
         kill(deployment, "attention-0")
-        # Whoever asks first is told that the worker is gone; the session is none the worse for it.
-        refused = run(
-            *("generate", "x", *SESSION, "--endpoint", deployment.endpoint), *("--max-tokens", "1")
-        )
-        assert (refused.code, "attention-0" in refused.stderr) == (3, True)
+        is_refused_once(deployment)
         second = turn(deployment, (5,), *SESSION)
         assert second["token_ids"] == generated(history)
         came_from = kv_tokens(second)
         assert came_from.pop("computed_tokens") == len(history) - BLOCKS_TOKENS
         assert came_from == {"peer_tokens": BLOCKS_TOKENS}
         assert deployment.stop().code == 0
+
+
+def test_a_session_goes_on_from_redis_when_its_node_is_dead(
+    tiny_checkpoint: Path, ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    redis = EmbeddedValkey(tmp_path, max_bytes=2**24)  # somebody else's, as far as anybody knows
+    monkeypatch.setenv("MODEL1_KV__REDIS", redis.url)
+    monkeypatch.setenv("MODEL1_KV__REDIS_PASSWORD", redis.password)
+    flags = ("--model", tiny_checkpoint, "--attention-workers", "2", "--ray-address", ray_address)
+    try:
+        with served(*flags) as deployment:
+            first = turn(deployment, PROMPT, *SESSION)
+            history = (*PROMPT, *first["token_ids"], 5)
+            wait_until_in_redis(deployment)
+            kill(deployment, "attention-0", "kvstore-0")
+            is_refused_once(deployment)
+            second = turn(deployment, (5,), *SESSION)
+            assert second["token_ids"] == generated(history)
+            came_from = kv_tokens(second)
+            assert came_from.pop("computed_tokens") == len(history) - BLOCKS_TOKENS
+            assert came_from == {"cold_tokens": BLOCKS_TOKENS}
+            told = run("status", "--endpoint", deployment.endpoint).stdout
+            assert "KV store kvstore-0: " in told
+            assert deployment.stop().code == 0
+    finally:
+        redis.stop()
+
+
+def wait_until_in_redis(deployment: Served) -> None:
+    """Two blocks, and what resuming after them needs."""
+    deadline = time.monotonic() + 20
+    while True:
+        stores = run_json("kv", "stat", "--endpoint", deployment.endpoint)["stores"]
+        tiers = [tier for store in stores for tier in store["stat"]["tiers"]]
+        if sum(tier["stored_blobs"] for tier in tiers if tier["tier"] == "cold") >= 3:
+            return
+        assert time.monotonic() < deadline, tiers
+        time.sleep(0.2)
