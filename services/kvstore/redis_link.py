@@ -46,7 +46,7 @@ class RedisConfig:
     password: str | None = field(default=None, repr=False)
     ca_file: Path | None = None  # who signed the server's certificate; none: the system's
     timeout_seconds: float = 1.0
-    slow_seconds: float = 0.1  # an answer that takes so long costs more than it saves
+    slow_seconds: float = 0.15  # an answer that takes so long costs more than it saves
     probe_seconds: float = 1.0
     max_connections: int = 8
 
