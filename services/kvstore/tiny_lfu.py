@@ -20,7 +20,7 @@ _MAX_COUNT = 15
 _HALVED = bytes(count // 2 for count in range(256))
 
 
-class _Sketch:
+class Sketch:
     """A count-min sketch of how often keys came up; all counts are halved now and then."""
 
     def __init__(self, width: int = 1 << 16) -> None:
@@ -70,7 +70,7 @@ class _List:
 
 class TinyLfu:
     def __init__(self) -> None:
-        self._sketch = _Sketch()
+        self._sketch = Sketch()
         self._window = _List()
         self._probation = _List()
         self._protected = _List()

@@ -144,7 +144,7 @@ def test_a_server_that_is_slow(own_valkey: EmbeddedValkey) -> None:
         for _ in range(4):
             cold.has(0)
         assert cold.tier.degraded is not None
-        assert cold.tier.degraded.startswith("slow: 20")
+        assert cold.tier.degraded.startswith("slow: ")
         assert cold.is_without_hits()
         time.sleep(0.1)
         cold.tier.tick()  # the probe is slow, too

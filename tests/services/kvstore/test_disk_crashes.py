@@ -112,7 +112,7 @@ def meddling(draw: st.DrawFn) -> Meddle:
     return meddle
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 4), meddling()), min_size=1, max_size=6))
 def test_whatever_happens_to_the_files_what_is_read_is_right(
     meddlings: list[tuple[int, Meddle]],
