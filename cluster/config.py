@@ -101,7 +101,7 @@ class KvSettings(_Section):
     disk_path: Path | None = Field(
         None, description="a folder of each node; none: KV and sessions end with the deployment"
     )
-    disk_bytes: int = Field(4096 * MIB, ge=MIB)
+    disk_bytes: int = Field(4096 * MIB, ge=MIB, description="of KV in that folder")
     disk_fsync: Literal["never", "interval", "always"] = Field(
         "interval", description="what a power cut may take: anything, a second or nothing"
     )
@@ -112,7 +112,7 @@ class KvSettings(_Section):
     redis_password_file: Path | None = Field(None, description="on each node, instead")
     redis_ca_file: Path | None = Field(None, description="who signed the server's certificate")
     redis_bytes: int = Field(256 * MIB, ge=MIB, description="of all that we keep there")
-    redis_ttl_seconds: int = Field(7 * 86400, ge=1)
+    redis_ttl_seconds: int = Field(7 * 86400, ge=1, description="of what nobody writes again")
     resume_every_blocks: int = Field(
         8, ge=1, description="of 128 tokens, between two positions a sequence can be resumed at"
     )

@@ -28,7 +28,7 @@ def load_kv_store(name: str, settings: KvSettings, place: Place) -> Serve:
     from services.kvstore.config import KvStoreConfig
     from services.kvstore.disk import DiskConfig, FsyncPolicy
     from services.kvstore.server import KvStoreServer
-    from services.kvstore.sessions import Durability
+    from services.kvstore.session_rows import Durability
 
     async def serve(peers: Peers) -> Serving:
         with ExitStack() as parts:

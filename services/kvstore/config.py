@@ -8,7 +8,7 @@ from pathlib import Path
 from services.kvstore.blocking import ColdConfig
 from services.kvstore.disk import DiskConfig
 from services.kvstore.peers import PeerLimits
-from services.kvstore.sessions import Durability
+from services.kvstore.session_rows import Durability
 from services.kvstore.store import StoreLimits
 
 

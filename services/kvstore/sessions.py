@@ -7,55 +7,21 @@ Blocks its caller for the time of the disk; knows no gRPC and no KV.
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from enum import StrEnum
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import xxhash
-
-from protos import session_store_pb2
-from services.session_record import (
-    SessionHead,
-    SessionName,
-    SessionRecord,
-    head_from_wire,
-    head_to_wire,
-    packed,
-    unpacked,
-    without_salt,
-)
+from services.kvstore.session_rows import Durability, RowDamaged, SessionRows
+from services.session_record import SessionHead, SessionName, SessionRecord
 
 FILE_NAME = "sessions.db"
 # Of records that no disk has taken; about 8,000 sessions of 8K tokens.
 MAX_HELD_BYTES = 256 * 2**20
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS sessions (
-    salt BLOB NOT NULL, session_id TEXT NOT NULL, version INTEGER NOT NULL, last_used REAL NOT NULL,
-    head BLOB NOT NULL, token_ids BLOB NOT NULL, checksum BLOB NOT NULL,
-    PRIMARY KEY (salt, session_id)
-);
-CREATE INDEX IF NOT EXISTS by_last_used ON sessions (salt, last_used DESC);
-"""
-
-
-class Durability(StrEnum):
-    """What a record that was accepted survives: a power cut only with ALWAYS, a kill with each."""
-
-    NEVER = "never"
-    INTERVAL = "interval"
-    ALWAYS = "always"
-
-
-_SYNCHRONOUS = {
-    Durability.NEVER: "OFF",
-    Durability.INTERVAL: "NORMAL",
-    Durability.ALWAYS: "FULL",
-}
+# A store that was away for longer may bring a deleted session back.
+TOMBSTONE_SECONDS = 30 * 86400.0
+PURGE_INTERVAL_SECONDS = 3600.0
 
 
 class Put(NamedTuple):
@@ -77,15 +43,20 @@ class SessionTable:
     """Thread-safe. `directory` None: memory only, gone with the process."""
 
     def __init__(
-        self, directory: Path | None, durability: Durability = Durability.INTERVAL
+        self,
+        directory: Path | None,
+        durability: Durability = Durability.INTERVAL,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._path = None if directory is None else directory / FILE_NAME
-        self._durability = durability
-        self._lock = threading.Lock()
-        self._rows: sqlite3.Connection | None = None
-        self._held: dict[SessionName, SessionRecord] = {}
         self.num_damaged = 0
         self.degraded: str | None = None
+        self._path = None if directory is None else directory / FILE_NAME
+        self._durability = durability
+        self._clock = clock
+        self._purged_s = 0.0
+        self._lock = threading.Lock()
+        self._rows: SessionRows | None = None
+        self._held: dict[SessionName, SessionRecord] = {}  # that no disk has taken
         with self._lock:
             self._try_disk()
 
@@ -94,14 +65,13 @@ class SessionTable:
         with self._lock:
             if name in self._held:
                 return self._held[name]
-            row = self._row(name, "head, token_ids, checksum")
-            if row is None:
-                return None
-            head, token_ids, checksum = row
-            if _checksum(head, token_ids) != checksum:
-                self.num_damaged += 1
-                raise RecordsUnreadable(f"the record of session {name.session_id!r} is damaged")
-            return SessionRecord(_head(head, name.cache_salt), unpacked(token_ids))
+            with self._reading() as rows:
+                try:
+                    return rows.read(name) if rows else None
+                except RowDamaged:
+                    self.num_damaged += 1
+                    words = f"the record of session {name.session_id!r} is damaged"
+                    raise RecordsUnreadable(words) from None
 
     def put(self, record: SessionRecord, expected_version: int) -> Put:
         """Accepted unless there is a version above `expected_version`. Raises `RecordsFull` or
@@ -119,7 +89,9 @@ class SessionTable:
     def heads(self, cache_salt: str, max_heads: int) -> list[SessionHead]:
         """Of one salt, the last used first, deleted ones included. Raises `RecordsUnreadable`."""
         with self._lock:
-            heads = {head.name: head for head in self._heads_on_disk(cache_salt, max_heads)}
+            with self._reading() as rows:
+                on_disk = rows.heads(cache_salt, max_heads) if rows else []
+            heads = {head.name: head for head in on_disk}
             heads |= {
                 name: record.head
                 for name, record in self._held.items()
@@ -129,14 +101,21 @@ class SessionTable:
         return newest[:max_heads]
 
     def tick(self) -> None:
-        """Call about once a second: a disk that failed is tried again."""
+        """Call about once a second: a disk that failed is tried again, and what deleted sessions
+        left is forgotten when it is old."""
         with self._lock:
             if self.degraded is not None:
                 self._try_disk()
+            now_s = self._clock()
+            if now_s - self._purged_s >= PURGE_INTERVAL_SECONDS:
+                self._purged_s = now_s
+                self._purge(now_s - TOMBSTONE_SECONDS)
 
     def close(self) -> None:
         with self._lock:
-            self._close_disk()
+            if self._rows is not None:
+                self._rows.close()
+                self._rows = None
 
     @property
     def num_held(self) -> int:
@@ -144,73 +123,32 @@ class SessionTable:
         return len(self._held)
 
     def _version(self, name: SessionName) -> int:
-        """0: unknown. A damaged record has one, so that it can be written over."""
         if name in self._held:
             return self._held[name].head.version
-        row = self._row(name, "version")
-        return 0 if row is None else int(row[0])
-
-    def _row(self, name: SessionName, columns: str) -> tuple[Any, ...] | None:
         with self._reading() as rows:
-            if rows is None:
-                return None
-            found: tuple[Any, ...] | None = rows.execute(
-                f"SELECT {columns} FROM sessions WHERE salt = ? AND session_id = ?",
-                (_salt_key(name.cache_salt), name.session_id),
-            ).fetchone()
-        return found
-
-    def _heads_on_disk(self, cache_salt: str, max_heads: int) -> list[SessionHead]:
-        with self._reading() as rows:
-            if rows is None:
-                return []
-            found = rows.execute(
-                "SELECT head FROM sessions WHERE salt = ? ORDER BY last_used DESC LIMIT ?",
-                (_salt_key(cache_salt), max_heads),
-            ).fetchall()
-        return [_head(head, cache_salt) for (head,) in found]
+            return rows.version(name) if rows else 0
 
     def _written(self, record: SessionRecord) -> bool:
         if self._rows is None or self.degraded is not None:
             return False
         try:
-            self._write(self._rows, record)
+            self._rows.write(record)
         except sqlite3.Error as error:
             self.degraded = str(error)
             return False
         self._held.pop(record.head.name, None)
         return True
 
-    def _write(self, rows: sqlite3.Connection, record: SessionRecord) -> None:
-        head = record.head
-        data = head_to_wire(without_salt(record).head).SerializeToString()
-        token_ids = packed(record.token_ids)
-        with rows:
-            rows.execute(
-                "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    _salt_key(head.name.cache_salt),
-                    head.name.session_id,
-                    head.version,
-                    head.last_used_s,
-                    data,
-                    token_ids,
-                    _checksum(data, token_ids),
-                ),
-            )
-
     def _hold(self, record: SessionRecord) -> None:
         others = sum(
             4 * len(held.token_ids) for name, held in self._held.items() if name != record.head.name
         )
         if others + 4 * len(record.token_ids) > MAX_HELD_BYTES:
-            raise RecordsFull(
-                f"{len(self._held)} sessions wait in memory for a disk that takes them"
-            )
+            raise RecordsFull(f"{len(self._held)} sessions wait in memory for a disk")
         self._held[record.head.name] = record
 
     @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection | None]:
+    def _reading(self) -> Iterator[SessionRows | None]:
         """None: there is no disk to ask."""
         if self._rows is None and not self._nothing_is_on_disk():
             raise RecordsUnreadable(f"session records cannot be read: {self.degraded}")
@@ -235,52 +173,24 @@ class SessionTable:
             return
         try:
             if self._rows is None:
-                self._rows = _open(self._path, self._durability)
+                self._rows = SessionRows(self._path, self._durability)
             for name, record in list(self._held.items()):
-                row = self._row(name, "version")
-                if row is None or row[0] < record.head.version:
-                    self._write(self._rows, record)
-                self._held.pop(name, None)
-            with self._rows:  # that it can be written again, even if nothing waits
-                self._rows.execute("PRAGMA user_version = 1")
-        except (sqlite3.Error, OSError, RecordsUnreadable) as error:
+                if self._rows.version(name) < record.head.version:
+                    self._rows.write(record)
+                del self._held[name]
+            self._rows.probe()
+        except (sqlite3.Error, OSError) as error:
             self.degraded = str(error)
             return
         self.degraded = None
 
-    def _close_disk(self) -> None:
-        if self._rows is not None:
-            self._rows.close()
-            self._rows = None
-
-
-def _open(path: Path, durability: Durability) -> sqlite3.Connection:
-    path.touch(mode=0o600)
-    rows = sqlite3.connect(path, check_same_thread=False)
-    try:
-        rows.execute("PRAGMA journal_mode = WAL")
-        rows.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[durability]}")
-        rows.executescript(_SCHEMA)
-    except sqlite3.OperationalError:
-        rows.close()
-        raise
-    except sqlite3.DatabaseError:  # not a database any more: start anew beside it
-        rows.close()
-        path.replace(path.with_suffix(".damaged"))
-        return _open(path, durability)
-    return rows
-
-
-def _head(data: bytes, cache_salt: str) -> SessionHead:
-    head = head_from_wire(session_store_pb2.SessionRecord.FromString(data))
-    return replace(head, name=SessionName(head.name.session_id, cache_salt))
-
-
-def _salt_key(cache_salt: str) -> bytes:
-    return blake2b(cache_salt.encode(), digest_size=16, person=b"model1-session").digest()
-
-
-def _checksum(head: bytes, token_ids: bytes) -> bytes:
-    state = xxhash.xxh3_128(head)
-    state.update(token_ids)
-    return state.digest()
+    def _purge(self, before_s: float) -> None:
+        for name, record in list(self._held.items()):
+            if record.head.is_deleted and record.head.last_used_s < before_s:
+                del self._held[name]
+        if self._rows is None or self.degraded is not None:
+            return
+        try:
+            self._rows.forget_deleted(before_s)
+        except sqlite3.Error as error:
+            self.degraded = str(error)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from cluster.config import Settings, SettingsError, known_keys, load_settings
+from cluster.config import KvSettings, Settings, SettingsError, known_keys, load_settings
 
 
 def write(folder: Path, text: str) -> Path:
@@ -50,6 +50,11 @@ def test_every_key_can_be_set_by_its_environment_variable(key: str) -> None:
     if isinstance(found, SecretStr):
         found = found.get_secret_value()
     assert str(found).removesuffix(".0") == value
+
+
+def test_every_key_of_kv_is_described() -> None:
+    fields = KvSettings.model_fields
+    assert [name for name, field in fields.items() if not field.description] == []
 
 
 def test_an_empty_environment_variable_sets_nothing() -> None:

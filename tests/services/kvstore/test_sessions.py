@@ -15,13 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.kvstore import sessions
-from services.kvstore.sessions import (
-    FILE_NAME,
-    Durability,
-    RecordsFull,
-    RecordsUnreadable,
-    SessionTable,
-)
+from services.kvstore.session_rows import Durability
+from services.kvstore.sessions import FILE_NAME, RecordsFull, RecordsUnreadable, SessionTable
 from services.session_record import SessionHead, SessionName, SessionRecord
 
 TEA = SessionName("tea", "")
@@ -197,6 +192,21 @@ def test_a_folder_that_takes_no_file_leaves_memory(tmp_path: Path) -> None:
         sessions_.tick()
         assert sessions_.num_held == 0
         assert not sessions_.degraded
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_what_a_deleted_session_left_is_forgotten_in_time(on_disk: bool, tmp_path: Path) -> None:
+    now = [1e9]
+    opened = SessionTable(tmp_path if on_disk else None, clock=lambda: now[0])
+    opened.put(record(1, last_used_s=now[0], name=SessionName("kept", "")), 0)
+    opened.put(record(2, (), last_used_s=now[0], is_deleted=True), 1)
+    opened.tick()
+    assert opened.get(TEA) is not None
+    now[0] += sessions.TOMBSTONE_SECONDS + 1
+    opened.tick()
+    assert opened.get(TEA) is None
+    assert [head.name.session_id for head in opened.heads("", 10)] == ["kept"]
+    opened.close()
 
 
 def test_memory_holds_so_many_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
