@@ -1,6 +1,8 @@
 """Sessions through the command line, over real Ray processes, and over a restart of all of them."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import grpc
@@ -39,6 +41,27 @@ def test_a_session_outlives_the_deployment(tiny_checkpoint: Path, tmp_path: Path
         # Prefetching began when the turn arrived, so that some of it may be in memory already.
         assert set(came_from) <= {"disk_tokens", "ram_tokens"}
         assert sum(came_from.values()) == BLOCKS_TOKENS
+        assert deployment.stop().code == 0
+
+
+@pytest.mark.slow
+def test_serving_goes_on_without_its_kv_store(tiny_checkpoint: Path) -> None:
+    with served("--model", tiny_checkpoint) as deployment:
+        at = ("--endpoint", deployment.endpoint)
+        turn(deployment, PROMPT, *SESSION)
+        [store] = [m["pid"] for m in deployment.members() if m["role"] == "kvstore"]
+        os.kill(store, signal.SIGKILL)
+        wait_until_gone([store])
+        again = turn(deployment, PROMPT)
+        assert again["token_ids"] == generated(PROMPT)
+        assert kv_tokens(again)["device_tokens"] == BLOCKS_TOKENS
+        new = turn(deployment, PROMPT[::-1])
+        assert new["token_ids"] == generated(PROMPT[::-1])
+        refused = run("generate", "x", *SESSION, *at)
+        assert (refused.code, "KV stores that may know" in refused.stderr) == (3, True)
+        states = {member["name"]: member["state"] for member in deployment.members()}
+        assert states["kvstore-0"] == "dead"
+        assert "KV store kvstore-0: " in run("status", *at).stdout
         assert deployment.stop().code == 0
 
 
