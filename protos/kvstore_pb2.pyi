@@ -194,9 +194,27 @@ class PeerResponse(_message.Message):
     ABSENT_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     presence: bytes
-    part: BlobPart
-    absent: bool
-    def __init__(self, call_id: _Optional[int] = ..., presence: _Optional[bytes] = ..., part: _Optional[_Union[BlobPart, _Mapping]] = ..., absent: _Optional[bool] = ...) -> None: ...
+    part: PeerPart
+    absent: Absent
+    def __init__(self, call_id: _Optional[int] = ..., presence: _Optional[bytes] = ..., part: _Optional[_Union[PeerPart, _Mapping]] = ..., absent: _Optional[_Union[Absent, _Mapping]] = ...) -> None: ...
+
+class PeerPart(_message.Message):
+    __slots__ = ("index", "total_bytes", "offset", "data")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    total_bytes: int
+    offset: int
+    data: bytes
+    def __init__(self, index: _Optional[int] = ..., total_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Absent(_message.Message):
+    __slots__ = ("indexes",)
+    INDEXES_FIELD_NUMBER: _ClassVar[int]
+    indexes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, indexes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class BlobPart(_message.Message):
     __slots__ = ("total_bytes", "offset", "data")

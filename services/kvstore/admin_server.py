@@ -19,7 +19,8 @@ from services.kvstore.admin import Admin, TierIsOff
 from services.kvstore.attached import MAX_KEYS_PER_CALL, TIER_TO_WIRE
 from services.kvstore.blob import Damaged
 from services.kvstore.leases import LeaseBook
-from services.kvstore.peers import MAX_PART_BYTES, Peers
+from services.kvstore.peer_link import MAX_PART_BYTES
+from services.kvstore.peers import Peers
 from services.kvstore.store import TieredStore
 from services.kvstore.tier import NoRoom, Tier
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from services.kvstore.blob import Damaged, VerifyReport
+from services.kvstore.blob import BlobHeader, Damaged, VerifyReport
 from services.kvstore.cold import ColdTier
 from services.kvstore.disk import DiskConfig, DiskTier
 from services.kvstore.redis_link import RedisConfig, RedisLink
@@ -24,9 +24,11 @@ from services.kvstore.tier import Loaded, Rooms, Tier, TierUsage
 Result = TypeVar("Result")
 
 DISK_THREADS = 4
-# Of one load. The others write back, and look whether blobs are there.
-COLD_READS = 4
 COLD_THREADS = 8
+# Of these, for one load; the others write back, and look whether blobs are there.
+COLD_READS = 4
+# By one thread, before its blobs go to RAM.
+COLD_READ_TOGETHER = 4
 
 
 class _Threads:
@@ -163,22 +165,38 @@ class Cold:
         return await self._threads.run(partial(self._cold.contains, keys))
 
     async def load(self, keys: Sequence[bytes], rooms: Rooms) -> AsyncGenerator[Loaded]:
-        calls = [partial(self._load, key, rooms) for key in keys]
-        async with aclosing(in_parallel(calls, at_once=COLD_READS)) as loading:
-            async for loaded in loading:
-                yield loaded
+        starts = range(0, len(keys), COLD_READ_TOGETHER)
+        groups = [keys[start : start + COLD_READ_TOGETHER] for start in starts]
+        calls = [partial(self._threads.run, partial(self._read, group)) for group in groups]
+        async with aclosing(in_parallel(calls, at_once=COLD_READS)) as reading:
+            async for group in reading:
+                for key, outcome, blob in group:
+                    if isinstance(outcome, BlobHeader):
+                        room = await rooms.wait_for(key, outcome.nbytes)
+                        room[:] = blob
+                    yield key, outcome
 
-    async def _load(self, key: bytes, rooms: Rooms) -> Loaded:
-        loop = asyncio.get_running_loop()
+    def _read(
+        self, keys: Sequence[bytes]
+    ) -> list[tuple[bytes, BlobHeader | Damaged | None, memoryview]]:
+        """In a thread. Into memory of its own: RAM is the loop's, and a way there and back for each
+        blob takes longer than one more copy."""
+        read = []
+        for key in keys:
+            memory = memoryview(b"")
 
-        def room(nbytes: int) -> memoryview:
-            """In a thread; RAM is the loop's."""
-            return asyncio.run_coroutine_threadsafe(rooms.wait_for(key, nbytes), loop).result()
+            def room(nbytes: int) -> memoryview:
+                nonlocal memory
+                memory = memoryview(bytearray(nbytes))
+                return memory
 
-        try:
-            return key, await self._threads.run(partial(self._cold.get_into, key, room))
-        except Damaged as damage:
-            return key, damage
+            outcome: BlobHeader | Damaged | None
+            try:
+                outcome = self._cold.get_into(key, room)
+            except Damaged as damage:
+                outcome = damage
+            read.append((key, outcome, memory))
+        return read
 
     async def store(self, key: bytes, blob: memoryview) -> bool:
         return await self._threads.run(partial(self._cold.put, key, blob))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from services.kvstore.blocking import ColdConfig
 from services.kvstore.disk import DiskConfig
-from services.kvstore.peers import PeerLimits
+from services.kvstore.peer_link import PeerLimits
 from services.kvstore.session_rows import Durability
 from services.kvstore.store import StoreLimits
 

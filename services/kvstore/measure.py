@@ -13,13 +13,16 @@ from services.kv_keys import DIGEST_BYTES, KEY_BYTES
 from services.kvstore.blob import BlobHeader, BlobKind, seal_into
 from services.kvstore.tier import KeptTier, TierCost
 
-NUM_BLOBS = 16
-# About a block of a small model.
-PAYLOAD_BYTES = 128 * 1024
+NUM_BLOBS = 8
+PAYLOAD_BYTES = 64 * 1024
+# Of the tier's budget; in a smaller one it would push out what is worth more.
+MAX_SHARE = 0.01
 
 
 async def measured_cost(tier: KeptTier) -> TierCost | None:
-    """None if the tier does not give back what it was given, for whatever reason."""
+    """None if the tier is too small for it, or does not give back what it was given."""
+    if MAX_SHARE * (await tier.usage()).max_bytes < NUM_BLOBS * PAYLOAD_BYTES:
+        return None
     blobs = [_random_blob() for _ in range(NUM_BLOBS)]
     keys = [header.key for header, _ in blobs]
     try:

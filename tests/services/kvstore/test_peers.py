@@ -6,7 +6,7 @@ from pathlib import Path
 
 from services.kvstore.client import KvClient
 from services.kvstore.config import KvStoreConfig
-from services.kvstore.peers import PeerLimits
+from services.kvstore.peer_link import PeerLimits
 from services.kvstore.server import KvStoreServer
 from services.kvstore.tier import Tier
 from tests.services.kvstore.blobs import client_config, eventually, item_of, key_of, read
