@@ -150,6 +150,10 @@ class Engine:
         were. What is in use stays."""
         return self._kv.forget(keys)
 
+    def observe_step(self, num_tokens: int, seconds: float) -> None:
+        """Computing so many tokens of a prompt took so long: what loading is weighed against."""
+        self._kv.costs.observe_step(num_tokens, seconds)
+
     def stats(self) -> EngineStats:
         return EngineStats(
             counters=copy.copy(self._counters),
@@ -292,7 +296,7 @@ class Engine:
 
     def _count(self, slices: list[Slice[RequestKv]], seconds: float) -> None:
         batch_tokens = sum(piece.num_tokens for piece in slices)
-        self._kv.costs.observe_step(batch_tokens, seconds)
+        self.observe_step(batch_tokens, seconds)
         self._counters.stepped(
             prompt_tokens=sum(piece.num_prompt_tokens for piece in slices),
             completion_tokens=sum(piece.wants_token for piece in slices),

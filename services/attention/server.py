@@ -22,6 +22,7 @@ from services.attention.cost_model import Source
 from services.attention.engine import Engine, EngineConfig
 from services.attention.runner import Experts
 from services.attention.stats import KvStats
+from services.attention.warm_up import measured_step
 from services.errors import ending_with_status
 from services.generation import FINISH_REASON_TO_WIRE, kv_usage_to_wire, request_from_wire
 from services.kv_keys import DIGEST_BYTES
@@ -176,9 +177,15 @@ class AttentionWorker:
             store = await _open_store(pool, config)
             if store is not None:
                 opened.push_async_callback(store.close)
+            step = None
+            if store is not None:
+                limits = config.engine.limits
+                step = await measured_step(trunk, pool, experts, limits.max_batch_tokens)
             engine = Engine(
                 trunk, pool, experts, config.engine, store=store, model_digest=config.model_digest
             )
+            if step is not None:
+                engine.observe_step(*step)
             servicer = AttentionService(engine, name=config.name)
             register = partial(attention_pb2_grpc.add_AttentionServicer_to_server, servicer)
             server = await rpc.start_server(
