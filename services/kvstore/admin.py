@@ -15,6 +15,9 @@ from services.kvstore.store import TieredStore
 from services.kvstore.threads import finished
 from services.kvstore.tier import KeptTier, NoRoom, Tier, TierUsage
 
+# Blobs that were written into a store and exist in its RAM alone.
+MAX_UNSAVED = 16
+
 
 class TierIsOff(LookupError):
     """The store has no such tier, or its blobs are not the store's to look after."""
@@ -104,6 +107,8 @@ class Admin:
             raise Damaged(DamageReason.TRUNCATED)
         if self._store.holds(header.key):
             return False
+        # More than RAM holds may come: it must not push itself out before it is on the disk.
+        await self._store.wait_until_saved(all_but=MAX_UNSAVED)
         reservation = self._store.ram.reserve(header.key, len(memory))
         if reservation is None:
             raise NoRoom

@@ -133,8 +133,10 @@ class KvClient:
         )
 
     def costs(self) -> dict[Tier, TierCost]:
-        """As the store measured them lately. A tier that is off, down or not measured is absent."""
-        return self._costs
+        """As measured lately. A tier that is off, down or not measured is absent."""
+        if (ram := self.restored.cost) is None:
+            return self._costs
+        return {Tier.RAM: ram, **self._costs}
 
     async def _locate(self, keys: Sequence[bytes]) -> list[Tier | None]:
         timeout_seconds = self._config.call_timeout_seconds

@@ -242,9 +242,19 @@ class TieredStore:
                 stats.estimate(cost)
 
     async def flush(self) -> None:
-        """Until every blob is in all tiers that take it, or was given up and counted."""
+        """Until every blob is in all tiers that take blobs, or was given up and counted. A tier
+        that fails meanwhile is waited for."""
         for write_back in self.write_backs.values():
-            await write_back.finished()
+            if not write_back.is_held_up:
+                await write_back.finished()
+
+    async def wait_until_saved(self, *, all_but: int) -> None:
+        """Until no more than so many blobs wait for the fastest tier that takes them."""
+        for write_back in self.write_backs.values():
+            if not write_back.is_held_up:
+                if write_back.num_waiting > all_but:
+                    await write_back.finished()
+                return
 
     async def close(self) -> None:
         """Give up what is under way. The lower tiers stay open: they are the caller's."""

@@ -75,7 +75,7 @@ class WriteBack:
 
     def may_save(self, key: bytes) -> bool:
         """Whether the blob is on its way to the tier, and there is hope."""
-        return key in self._waiting and self._lower.degraded is None
+        return key in self._waiting and not self.is_held_up
 
     def add(self, key: bytes) -> None:
         """The blob of `key` has just come into RAM."""
@@ -87,6 +87,11 @@ class WriteBack:
         self._waiting[key] = None
         self._nothing_left.clear()
         self._work.set()
+
+    @property
+    def is_held_up(self) -> bool:
+        """The tier takes nothing now."""
+        return self._lower.degraded is not None
 
     async def finished(self) -> None:
         """Until everything that was added is written, refused or dropped."""
@@ -104,7 +109,7 @@ class WriteBack:
             if not self._waiting:
                 self._work.clear()
                 continue
-            if self._lower.degraded is not None:
+            if self.is_held_up:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             key = next(iter(self._waiting))
@@ -129,7 +134,7 @@ class WriteBack:
             if await self._lower.store(key, self._ram.arena.view(resident.span)):
                 self.counts.written_blobs += 1
                 self.counts.written_bytes += resident.header.nbytes
-            elif self._lower.degraded is not None:
+            elif self.is_held_up:
                 self._waiting[key] = None  # once more when it works
             else:
                 self.counts.refused_blobs += 1

@@ -9,10 +9,11 @@ import pytest
 
 from protos import kvstore_pb2, kvstore_pb2_grpc
 from services import rpc
+from services.kvstore.client import KvClient
 from services.kvstore.disk import DiskConfig
 from services.kvstore.server import KvStoreServer
 from services.kvstore.tier import Tier
-from tests.services.kvstore.blobs import NBYTES, eventually, item_of, key_of, read
+from tests.services.kvstore.blobs import NBYTES, client_config, eventually, item_of, key_of, read
 from tests.services.kvstore.conftest import Connect, OpenStore, idle
 
 RAM, DISK = kvstore_pb2.KV_TIER_RAM, kvstore_pb2.KV_TIER_DISK
@@ -156,6 +157,27 @@ async def test_blobs_read_from_one_store_are_written_into_another(
     assert await read(other_worker, range(3)) == [Tier.RAM, None, Tier.RAM]
     assert await read(other_worker, [10, 11], nbytes=large) == [Tier.RAM] * 2
     await idle(server)
+
+
+async def test_more_than_ram_holds_is_written_and_read(
+    server: KvStoreServer, admin: kvstore_pb2_grpc.KvAdminStub, open_store: OpenStore
+) -> None:
+    big = await open_store("big", ram_bytes=8 << 20)
+    client = await KvClient.open(client_config(big.address))
+    async with asyncio.timeout(10):
+        await client.wait_connected()
+    numbers = range(500)  # 2 MB, in a store with 1 MB of RAM
+    assert (await client.save([item_of(number) for number in numbers])).stored == 500
+    async with rpc.channel(big.address) as channel:
+        stub = kvstore_pb2_grpc.KvAdminStub(channel)
+        parts = [part async for part in stub.Read(kvstore_pb2.KvReadRequest(keys=_keys(numbers)))]
+    written = await admin.Write(iter(parts))
+    assert (written.stored, written.present, written.refused) == (500, 0, 0)
+    assert server.store.ram.counts.lost_blobs == 0
+    await server.store.flush()
+    read_back = [part async for part in admin.Read(kvstore_pb2.KvReadRequest(keys=_keys(numbers)))]
+    assert read_back == parts
+    await client.close()
 
 
 @pytest.mark.parametrize(

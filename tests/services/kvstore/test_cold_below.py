@@ -107,6 +107,10 @@ async def _is_degraded(server: KvStoreServer) -> bool:
     return cold is not None and cold.degraded is not None
 
 
+async def _has_written_all(server: KvStoreServer) -> bool:
+    return server.store.write_backs[Tier.COLD].num_waiting == 0
+
+
 async def test_serving_goes_on_without_redis(
     open_store: OpenStore, own_valkey: EmbeddedValkey, connect: Connect
 ) -> None:
@@ -135,6 +139,7 @@ async def test_a_killed_redis_is_used_again_when_it_is_back(
     os.kill(own_valkey.pid, signal.SIGKILL)
     await _save(client, range(3, 6))
     assert await read(client, range(6), nbytes=NBYTES) == [Tier.RAM] * 6
+    await eventually(lambda: _has_written_all(server))
     await _leave(server, (Tier.RAM, Tier.DISK), range(6))
     # What it had is lost; what came meanwhile was written when it was back.
     assert await read(client, range(3, 6), nbytes=NBYTES) == [Tier.COLD] * 3
