@@ -16,10 +16,10 @@ from services.errors import RequestCancelled
 from services.generation import GenerationRequest
 from tests.soak.nodes import two_nodes
 from tests.soak.places import PAIRS
-from tests.soak.soak import Worker, running_worker
 from tests.soak.store_process import resident_bytes
-from tests.soak.tiered import CONCURRENT_SESSIONS
+from tests.soak.tiered import TieredRun
 from tests.soak.traffic import Session, sessions
+from tests.soak.worker import CONCURRENT_SESSIONS, running_worker
 
 LONGEST_TOKENS = 2048
 HISTORIES = 48
@@ -49,17 +49,20 @@ class AbortReport:
 
 
 async def abort_many(num_aborts: int, seed: int, directory: Path) -> AbortReport:
-    """Leaves through the checks of `running_worker`: nothing is held, in any process."""
+    """Leaves through the checks of worker and nodes: nothing is held, in any process."""
     report, draw = AbortReport(), random.Random(f"aborts {seed}")
     known = sessions(seed, 0, HISTORIES, LONGEST_TOKENS)
-    async with two_nodes(directory) as nodes, running_worker(nodes) as worker:
-        await worker.run.play(known)  # whose blocks then lie in the tiers
+    async with two_nodes(directory) as nodes, running_worker(nodes.home.address) as worker:
+        run = TieredRun(worker, nodes)
+        await run.play(known)  # whose blocks then lie in the tiers
         every = num_aborts // MEASUREMENTS
         while report.aborted < num_aborts:
             before = report.aborted
             async with asyncio.TaskGroup() as tasks:
                 for number in range(CONCURRENT_SESSIONS):
-                    lane = _Lane(f"lane {number}", worker, known, random.Random(draw.random()))
+                    lane = _Lane(
+                        f"lane {number}", run, worker.engine, known, random.Random(draw.random())
+                    )
                     tasks.create_task(lane.run(report, before + every))
             report.rss_bytes.append([resident_bytes(), *await nodes.resident_bytes()])
     return report
@@ -70,7 +73,8 @@ class _Lane:
     """One client after the other."""
 
     name: str
-    worker: Worker
+    run_of_known: TieredRun
+    engine: Engine
     known: list[Session]
     draw: random.Random
 
@@ -80,9 +84,9 @@ class _Lane:
             number += 1
             session = self.draw.choice(self.known)
             if self.draw.random() < SCATTERED_SHARE:
-                await self.worker.run.scatter(session, self.draw.choice(PAIRS))
+                await self.run_of_known.scatter(session, self.draw.choice(PAIRS))
             asked = _request(f"{self.name} {number}", session, self.draw)
-            await _ask_and_leave(self.worker.engine, asked, self.draw, report)
+            await _ask_and_leave(self.engine, asked, self.draw, report)
 
 
 def _request(name: str, session: Session, draw: random.Random) -> GenerationRequest:

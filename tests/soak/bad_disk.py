@@ -33,10 +33,12 @@ class SmallDisk:
 
     def fill(self) -> None:
         """Take all the room that is left."""
-        with (self.path / "ballast").open("wb") as ballast, contextlib.suppress(OSError):
-            while True:
-                ballast.write(bytes(1 << 16))
-                ballast.flush()
+        with (
+            (self.path / "ballast").open("wb", buffering=0) as ballast,
+            contextlib.suppress(OSError),
+        ):
+            while ballast.write(bytes(1 << 16)):
+                pass
 
     def empty(self) -> None:
         (self.path / "ballast").unlink()

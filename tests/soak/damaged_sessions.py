@@ -21,10 +21,14 @@ from tests.soak.places import BLOCK_TOKENS, SessionKeys, resume_boundaries
 from tests.soak.requests import answer, request
 from tests.soak.resident import run_resident
 from tests.soak.sites import Site
-from tests.soak.soak import Worker, running_worker
 from tests.soak.soak_model import soak_model
-from tests.soak.tiered import CONCURRENT_SESSIONS, RESUME_EVERY_BLOCKS
 from tests.soak.traffic import Session, sessions
+from tests.soak.worker import (
+    CONCURRENT_SESSIONS,
+    RESUME_EVERY_BLOCKS,
+    Worker,
+    running_worker,
+)
 
 LONGEST_TOKENS = 4096
 NUM_LAYERS = 2  # with a body
@@ -54,7 +58,7 @@ async def go_on_over_damage(
     report = DamagedReport(site.tier.name)
     played = list(itertools.islice(_two_turn_sessions(seed), num_sessions))
     twins = played[::TWINS_EVERY]
-    async with two_nodes(directory) as nodes, running_worker(nodes) as worker:
+    async with two_nodes(directory) as nodes, running_worker(nodes.home.address) as worker:
         at_once = asyncio.Semaphore(CONCURRENT_SESSIONS)
         ledger = Ledger()
 
@@ -83,10 +87,10 @@ async def _play(
     rig: _Rig, session: Session, *, has_twin: bool
 ) -> dict[tuple[str, int], tuple[int, ...]]:
     """The answers; those of a twin under another name."""
-    engine, run, report = rig.worker.engine, rig.worker.run, rig.report
+    engine, worker, report = rig.worker.engine, rig.worker, rig.report
     first, _ = await answer(engine, request(session, ()))
-    keys = run.keys_of(session, [first])
-    await run.until_stored(keys)
+    keys = worker.keys_of(session, [first])
+    await worker.until_stored(keys)
     engine.release(keys.all)
     await rig.nodes.isolate(keys.all, rig.site.tier)
     draw = random.Random(session.name)

@@ -91,6 +91,7 @@ class TwoNodes:
 
 @asynccontextmanager
 async def two_nodes(directory: Path) -> AsyncIterator[TwoNodes]:
+    """Nothing may be under way in the end: what leaked in any tier is an AssertionError."""
     valkey = await asyncio.to_thread(
         EmbeddedValkey, directory / "valkey", max_bytes=2 * REDIS_BYTES
     )
@@ -109,6 +110,7 @@ async def two_nodes(directory: Path) -> AsyncIterator[TwoNodes]:
             await home.do("peers", addresses=[peer.address])
             await peer.do("peers", addresses=[home.address])
             yield nodes
+            await nodes.check()
             await nodes.stop()
         finally:
             await nodes.kill()

@@ -20,7 +20,7 @@ class Proxy:
     @classmethod
     @contextlib.asynccontextmanager
     async def running(cls, target_port: int) -> AsyncIterator[Proxy]:
-        server = await asyncio.start_server(lambda r, w: proxy.accept(r, w), "127.0.0.1", 0)
+        server = await asyncio.start_server(lambda *pair: proxy.accept(*pair), "127.0.0.1", 0)
         proxy = cls(server, target_port)
         try:
             yield proxy

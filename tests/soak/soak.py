@@ -5,40 +5,23 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from services.attention.engine import Engine, EngineConfig
-from services.attention.kv_cache import KvCacheConfig
-from services.attention.local import LocalExperts
-from services.attention.scheduler import SchedulerLimits
-from services.kvstore.client import KvClient, KvClientConfig
-from tests.soak.ledger import Differences, Ledger, RecordingTrunk, compare
-from tests.soak.nodes import TwoNodes, two_nodes
+from tests.soak.ledger import Differences, Ledger, compare
+from tests.soak.nodes import two_nodes
 from tests.soak.resident import run_resident
 from tests.soak.soak_model import soak_model
-from tests.soak.tiered import (
-    CONCURRENT_SESSIONS,
-    MODEL_DIGEST,
-    RESUME_EVERY_BLOCKS,
-    EagerStore,
-    Resumes,
-    TieredRun,
-)
+from tests.soak.tiered import Resumes, TieredRun
 from tests.soak.traffic import LONGEST_TOKENS, Session, sessions
+from tests.soak.worker import running_worker
 
 WAVE_SESSIONS = 128
-# Less than the sessions of a wave need: blocks leave the device for want of room as well.
-POOL_TOKENS = 16 * LONGEST_TOKENS
-MAX_STEP_TOKENS = 512
-# On a machine with other things to do: what is stored must be loaded, not given up.
-LOAD_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -97,14 +80,6 @@ class SoakReport:
         return "\n".join(lines + self.where)
 
 
-class Worker(NamedTuple):
-    """A running engine, what its passes said, and who moves its blocks about."""
-
-    engine: Engine
-    trunk: RecordingTrunk
-    run: TieredRun
-
-
 async def soak(
     *,
     seed: int,
@@ -125,60 +100,17 @@ async def soak(
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_one_thread) as oracles:
         loop = asyncio.get_running_loop()
         ledgers = [loop.run_in_executor(oracles, _oracle, wave) for wave in waves]
-        async with two_nodes(directory) as nodes, running_worker(nodes) as worker:
+        async with two_nodes(directory) as nodes, running_worker(nodes.home.address) as worker:
+            run = TieredRun(worker, nodes)
             for wave, oracle in zip(waves, ledgers, strict=True):
-                ledger = Ledger(await worker.run.play(wave), worker.trunk.rows.copy())
+                ledger = Ledger(await run.play(wave), worker.trunk.rows.copy())
                 worker.trunk.rows.clear()
                 report.add(wave, compare(await oracle, ledger))
-                report.resumes = worker.run.resumes
+                report.resumes = run.resumes
                 report.seconds = time.monotonic() - start_seconds
                 if progress is not None:
                     progress(report)
     return report
-
-
-@asynccontextmanager
-async def running_worker(nodes: TwoNodes) -> AsyncIterator[Worker]:
-    """An engine of the home node, all of it checked at the end."""
-    model = soak_model()
-    trunk = RecordingTrunk(model.trunk)
-    pool = model.pool(POOL_TOKENS, CONCURRENT_SESSIONS)
-    client = await KvClient.open(
-        KvClientConfig(
-            address=nodes.home.address,
-            name="soak",
-            model_digest=MODEL_DIGEST,
-            layout_digest=pool.layout_digest,
-            call_timeout_seconds=30.0,
-        )
-    )
-    async with asyncio.timeout(30):
-        await client.wait_connected()
-    config = EngineConfig(
-        limits=SchedulerLimits(max_batch_tokens=MAX_STEP_TOKENS, max_sequences=CONCURRENT_SESSIONS),
-        kv=KvCacheConfig(
-            resume_every_blocks=RESUME_EVERY_BLOCKS,
-            load_timeout_seconds=LOAD_SECONDS,
-            load_patience_seconds=LOAD_SECONDS,
-        ),
-    )
-    engine = Engine(
-        trunk,
-        pool,
-        LocalExperts(model.experts),
-        config,
-        store=EagerStore(client),
-        model_digest=MODEL_DIGEST,
-    )
-    running = asyncio.create_task(engine.run())
-    try:
-        yield Worker(engine, trunk, TieredRun(engine, pool, client, nodes))
-    finally:
-        engine.close()
-        await running
-        engine.check()
-        await client.close()
-        await nodes.check()
 
 
 def _one_thread() -> None:
