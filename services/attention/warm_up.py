@@ -22,6 +22,7 @@ from services.generation import GenerationRequest
 log = logging.getLogger(__name__)
 
 MAX_TOKENS = 256
+NUM_STEPS = 2  # the first one also allocates
 # Experts that take longer have other troubles; then the first request is what is measured.
 TIMEOUT_S = 10.0
 
@@ -39,7 +40,7 @@ async def measured_step(
     *,
     timeout_s: float = TIMEOUT_S,
 ) -> MeasuredStep | None:
-    """The second of two equal steps of a prompt; None if the experts do not answer.
+    """The last of NUM_STEPS equal steps of a prompt; None if the experts do not answer.
 
     Before an engine takes over the pool.
     """
@@ -55,7 +56,7 @@ async def measured_step(
     seconds = 0.0
     try:
         async with asyncio.timeout(timeout_s):
-            for _ in range(2):
+            for _ in range(NUM_STEPS):
                 sequence = Sequence(request, cache.open(request))
                 sequence.claim.take()
                 try:
