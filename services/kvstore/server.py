@@ -36,7 +36,8 @@ from services.kvstore.pins import Pins
 from services.kvstore.s3_fifo import S3Fifo
 from services.kvstore.session_service import SessionStoreService, session_service
 from services.kvstore.sessions import SessionTable
-from services.kvstore.store import Below, TieredStore
+from services.kvstore.store import TieredStore
+from services.kvstore.tier import Below
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 from services.kvstore.arena import Arena
 from services.kvstore.blob import BlobHeader, Damaged, check_blob
@@ -21,7 +20,7 @@ from services.kvstore.pins import Pins
 from services.kvstore.ram import EvictionPolicy, RamTier, Reservation, Resident
 from services.kvstore.stats import TierStats
 from services.kvstore.threads import finished
-from services.kvstore.tier import KeptTier, LowerTier, Tier, TierCost
+from services.kvstore.tier import Below, KeptTier, LowerTier, Tier, TierCost
 from services.kvstore.writeback import WriteBack, WriteBackLimits
 
 log = logging.getLogger(__name__)
@@ -42,23 +41,6 @@ class StoreLimits:
     room_wait_seconds: float = 2.0
     # Of each tier.
     write_back: WriteBackLimits = field(default_factory=WriteBackLimits)
-
-
-class Below(NamedTuple):
-    """The tiers below RAM, fastest first. Those that are None are off."""
-
-    disk: KeptTier | None = None
-    peers: LowerTier | None = None
-    cold: KeptTier | None = None
-
-    @property
-    def tiers(self) -> list[LowerTier]:
-        return [tier for tier in self if tier is not None]
-
-    @property
-    def kept(self) -> list[KeptTier]:
-        """Those that get every new blob."""
-        return [tier for tier in (self.disk, self.cold) if tier is not None]
 
 
 class TieredStore:

@@ -100,3 +100,20 @@ class KeptTier(LowerTier, Protocol):
         """Called about once a second, for what nobody asks for."""
 
     async def close(self) -> None: ...
+
+
+class Below(NamedTuple):
+    """The tiers below RAM, fastest first. Those that are None are off."""
+
+    disk: KeptTier | None = None
+    peers: LowerTier | None = None
+    cold: KeptTier | None = None
+
+    @property
+    def tiers(self) -> list[LowerTier]:
+        return [tier for tier in self if tier is not None]
+
+    @property
+    def kept(self) -> list[KeptTier]:
+        """Those that get every new blob."""
+        return [tier for tier in (self.disk, self.cold) if tier is not None]
