@@ -24,11 +24,12 @@ from services.kvstore.tier import Loaded, Rooms, Tier, TierUsage
 Result = TypeVar("Result")
 
 DISK_THREADS = 4
-COLD_THREADS = 8
-# Of these, for one load; the others write back, and look whether blobs are there.
-COLD_READS = 4
-# By one thread, before its blobs go to RAM.
-COLD_READ_TOGETHER = 4
+# That write back, and look whether blobs are there.
+COLD_THREADS = 4
+# More of them only get into each other's way: half of a read is Python's own work (measured).
+COLD_READERS = 2
+# By one reader, before its blobs go to RAM.
+COLD_READ_TOGETHER = 8
 
 
 class _Threads:
@@ -153,6 +154,7 @@ class Cold:
             is_pinned=is_pinned,
         )
         self._threads = _Threads("kv-cold", COLD_THREADS)
+        self._readers = _Threads("kv-cold-reader", COLD_READERS)
 
     @property
     def degraded(self) -> str | None:
@@ -167,8 +169,8 @@ class Cold:
     async def load(self, keys: Sequence[bytes], rooms: Rooms) -> AsyncGenerator[Loaded]:
         starts = range(0, len(keys), COLD_READ_TOGETHER)
         groups = [keys[start : start + COLD_READ_TOGETHER] for start in starts]
-        calls = [partial(self._threads.run, partial(self._read, group)) for group in groups]
-        async with aclosing(in_parallel(calls, at_once=COLD_READS)) as reading:
+        calls = [partial(self._readers.run, partial(self._read, group)) for group in groups]
+        async with aclosing(in_parallel(calls, at_once=COLD_READERS)) as reading:
             async for group in reading:
                 for key, outcome, blob in group:
                     if isinstance(outcome, BlobHeader):
@@ -224,5 +226,6 @@ class Cold:
         await self._threads.run(self._cold.tick)
 
     async def close(self) -> None:
+        self._readers.close()
         await self._threads.run(self.link.close)
         self._threads.close()
