@@ -28,10 +28,11 @@ from tests.soak.traffic import Session, sessions
 from tests.soak.worker import Worker, running_worker
 
 SESSIONS_A_WAVE = 12
-LONGEST_TOKENS = 1500
+SHORTEST_TOKENS = 400
+LONGEST_TOKENS = 2000
 # As long as a deployment waits for the tiers.
 LOAD_SECONDS = 10.0
-NOTICED_SECONDS = 30.0
+NOTICED_SECONDS = 60.0
 BACK_SECONDS = 60.0
 
 
@@ -52,11 +53,14 @@ async def degrade(
     store_config: KvStoreConfig,
     fault: Callable[[], AbstractAsyncContextManager[None]],
     *,
-    is_told: bool = True,
+    told: str,
 ) -> DegradedReport:
-    """Waves of sessions before, during and after the fault. `is_told`: stat must name it."""
+    """Waves of sessions before, during and after the fault.
+
+    `told`: words that stat must say of the tier while it lasts; empty: nothing need be said.
+    """
     report = DegradedReport(tier.name)
-    waves = [sessions(31, 64 * wave, SESSIONS_A_WAVE, LONGEST_TOKENS) for wave in range(3)]
+    waves = [_wave(number) for number in range(3)]
     oracles = [run_resident(soak_model(), wave) for wave in waves]
     before, during, after = zip(("before", "during", "after"), waves, oracles, strict=True)
     store = await StoreProcess.start(store_config)
@@ -66,12 +70,12 @@ async def degrade(
             if not (await _stat(store, tier)).degraded:
                 await store.do("flush")
             async with fault(), asyncio.TaskGroup() as tasks:
-                told = tasks.create_task(_until_told(store, tier)) if is_told else None
+                telling = tasks.create_task(_until_told(store, tier, told)) if told else None
                 # What was said before is asked for again, so that the tier is read as well.
                 await _play(worker, *before, report)
                 await _play(worker, *during, report)
-            if told is not None:
-                report.told = told.result()
+            if telling is not None:
+                report.told = telling.result()
             loop = asyncio.get_running_loop()
             start_seconds = loop.time()
             await _until_back(store, tier)
@@ -85,6 +89,12 @@ async def degrade(
     finally:
         await store.kill()
     return report
+
+
+def _wave(number: int) -> list[Session]:
+    """Sessions that have some blocks."""
+    chosen = sessions(31, 1000 * number, 10 * SESSIONS_A_WAVE, LONGEST_TOKENS)
+    return [each for each in chosen if each.num_tokens >= SHORTEST_TOKENS][:SESSIONS_A_WAVE]
 
 
 async def _play(
@@ -125,9 +135,9 @@ async def _stored_blobs(store: StoreProcess, tier: Tier) -> int:
     return int((await _stat(store, tier)).stored_blobs)
 
 
-async def _until_told(store: StoreProcess, tier: Tier) -> str:
+async def _until_told(store: StoreProcess, tier: Tier, words: str) -> str:
     async with asyncio.timeout(NOTICED_SECONDS):
-        while not (told := (await _stat(store, tier)).degraded):  # noqa: ASYNC110
+        while words not in (told := (await _stat(store, tier)).degraded):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     return told
 
@@ -144,8 +154,8 @@ def store_config(directory: Path, disk: Path, redis: Redis) -> KvStoreConfig:
         name="degraded",
         address=f"unix:{directory / 'store.sock'}",
         arena_dir=directory / "arena",
-        # Little: most of what is read comes from further down.
-        ram_bytes=1 << 20,
+        # Two dozen blobs: most of what is read comes from further down.
+        ram_bytes=96 << 10,
         disk=DiskConfig(disk, max_bytes=64 << 20, segment_bytes=1 << 20),
         cold=ColdConfig(
             redis=RedisConfig(url=redis.url, password=PASSWORD),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import redis
 
+from services.kv_keys import KEY_BYTES
 from services.kvstore.tier import Tier
 from tests.soak.damage import HEADER_BYTES
 from tests.soak.nodes import TwoNodes
@@ -18,6 +18,7 @@ from tests.soak.store_process import StoreProcess
 
 # In a blob's header.
 _KEY_OFFSET = 32
+_RECORD_ALIGNMENT = 512  # on disk
 _PAYLOAD_NBYTES = struct.Struct("<24xQ")
 
 
@@ -70,18 +71,30 @@ class DiskSite:
     is_fixed_size = True
     tier = Tier.DISK
 
+    def __init__(self) -> None:
+        self._spans: dict[bytes, _Span] = {}  # of several blobs of one key the last, which counts
+        self._scanned_nbytes: dict[Path, int] = {}
+
     async def read(self, nodes: TwoNodes, keys: Sequence[bytes]) -> list[bytes]:
-        return _read(self._spans(nodes, keys))
+        self._scan(nodes.home_disk)
+        return _read([self._spans[key] for key in keys])
 
     async def write(self, nodes: TwoNodes, keys: Sequence[bytes], blobs: Sequence[bytes]) -> None:
-        _write(self._spans(nodes, keys), blobs)
+        self._scan(nodes.home_disk)
+        _write([self._spans[key] for key in keys], blobs)
 
-    def _spans(self, nodes: TwoNodes, keys: Sequence[bytes]) -> list[_Span]:
-        found: dict[bytes, _Span] = {}
-        for path in sorted(nodes.home_disk.iterdir()):
-            if path.is_file() and path.stat().st_size > HEADER_BYTES:
-                found |= _find(path, keys)
-        return [found[key] for key in keys]
+    def _scan(self, directory: Path) -> None:
+        """Take note of what was appended since the last time."""
+        for path in sorted(directory.glob("*.segment")):
+            with path.open("rb") as file:
+                offset = self._scanned_nbytes.get(path, 0)
+                while len(header := os.pread(file.fileno(), HEADER_BYTES, offset)) == HEADER_BYTES:
+                    (payload_nbytes,) = _PAYLOAD_NBYTES.unpack_from(header)
+                    key = header[_KEY_OFFSET : _KEY_OFFSET + KEY_BYTES]
+                    self._spans[key] = _Span(path, offset, HEADER_BYTES + payload_nbytes)
+                    record_nbytes = HEADER_BYTES + payload_nbytes
+                    offset += -(-record_nbytes // _RECORD_ALIGNMENT) * _RECORD_ALIGNMENT
+                self._scanned_nbytes[path] = offset
 
 
 class RedisSite:
@@ -108,18 +121,6 @@ def _redis(nodes: TwoNodes) -> redis.Redis:
 def _value_name(key: bytes) -> str:
     """Of a blob that fits a value; a longer one has more of them."""
     return f"{{model1:{key.hex()}}}:0"
-
-
-def _find(path: Path, keys: Sequence[bytes]) -> dict[bytes, _Span]:
-    """Where the file has the blobs of these keys; of several of one key the last, which counts."""
-    found = {}
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
-        for key in keys:
-            if (at := content.rfind(key)) >= 0:
-                start = at - _KEY_OFFSET
-                (payload_nbytes,) = _PAYLOAD_NBYTES.unpack_from(content, start)
-                found[key] = _Span(path, start, HEADER_BYTES + payload_nbytes)
-    return found
 
 
 def _read(spans: Sequence[_Span]) -> list[bytes]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ class SoakReport:
 
     @property
     def bound(self) -> float:
-        """When none of N sessions differs: fewer than this share of all sessions do (95%)."""
-        return 3 / self.sessions
+        """When none of N resumed sessions differs: fewer than this share of all do (95%)."""
+        return 3 / max(1, self.resumes.sessions)
 
     def add(self, wave: Sequence[Session], differences: Differences) -> None:
         self.sessions += len(wave)
@@ -60,7 +61,14 @@ class SoakReport:
         self.where += differences.where
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"bound_95": self.bound, "num_resumes": self.num_resumes}
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        resumes = self.resumes
+        return fields | {
+            "bound_95": self.bound,
+            "resumes": {
+                each.name: getattr(resumes, each.name) for each in dataclasses.fields(resumes)
+            },
+        }
 
     def table(self) -> str:
         """For people: the pairs, then the result in one line."""
@@ -72,10 +80,10 @@ class SoakReport:
         lines += [f"{'(computed)':<20} {resumes.computed_tokens:>12}", ""]
         lines.append(
             f"{self.sessions} sessions of {self.tokens_in_context} tokens, "
-            f"{self.num_resumes} resumes, {self.compared_tokens} tokens and "
-            f"{self.compared_logits} rows of logits compared in {self.seconds:.0f} s: "
+            f"{self.resumes.sessions} of them resumed, {self.num_resumes} resumes, "
+            f"{self.compared_tokens} tokens and {self.compared_logits} rows of logits compared in {self.seconds:.0f} s: "
             f"{self.different_tokens} tokens and {self.different_logits} rows differ; "
-            f"at most {self.bound:.2g} of sessions do (3/N, 95%)"
+            f"fewer than {self.bound:.2g} of resumed sessions do (3/N, 95%)"
         )
         return "\n".join(lines + self.where)
 

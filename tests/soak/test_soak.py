@@ -17,8 +17,9 @@ async def test_a_few_sessions_say_what_resident_ones_say(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 async def test_a_thousand_sessions_through_every_pair_of_tiers(tmp_path: Path) -> None:
-    report = await _soak(1650, LONGEST_TOKENS, tmp_path)
+    report = await _soak(1700, LONGEST_TOKENS, tmp_path)
     print(report.table())
+    assert report.resumes.sessions >= 1000
     assert set(report.resumes.by_pair) == {str(pair) for pair in PAIRS}
     assert all(report.resumes.tokens[place] > 0 for place in Place)
 

@@ -24,6 +24,7 @@ from tests.soak.worker import CONCURRENT_SESSIONS, Worker
 class Resumes:
     """Turns that went on from stored blocks, by where these lay."""
 
+    sessions: int = 0  # with at least one such turn
     by_pair: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)  # restored, by the worker's own account
     computed_tokens: int = 0  # of the prompts of resumed turns
@@ -68,11 +69,13 @@ class TieredRun:
     async def _play(self, session: Session) -> None:
         answers = self._answers[session.name] = []
         pair: Pair | None = None
+        is_resumed = False
         for _ in session.turns:
             said, usage = await answer(self._worker.engine, request(session, answers))
             answers.append(said)
             if pair is not None:
                 self.resumes.count(pair, usage)
+                is_resumed = True
             pair = None
             if len(answers) < len(session.turns):
                 keys = self._worker.keys_of(session, answers)
@@ -82,6 +85,7 @@ class TieredRun:
                     await self.put(keys, pair)
                 else:
                     self.resumes.without_blocks += 1
+        self.resumes.sessions += is_resumed
 
     async def scatter(self, session: Session, pair: Pair) -> None:
         """Move the blocks of a session that was played."""
