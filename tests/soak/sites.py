@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from tests.soak.damage import HEADER_BYTES
 from tests.soak.nodes import TwoNodes
 from tests.soak.store_process import StoreProcess
 
-# In a blob's header.
+# A blob's header.
+_MAGIC = b"MODEL1KV"
 _KEY_OFFSET = 32
 _RECORD_ALIGNMENT = 512  # on disk
 _PAYLOAD_NBYTES = struct.Struct("<24xQ")
@@ -71,30 +73,31 @@ class DiskSite:
     is_fixed_size = True
     tier = Tier.DISK
 
-    def __init__(self) -> None:
-        self._spans: dict[bytes, _Span] = {}  # of several blobs of one key the last, which counts
-        self._scanned_nbytes: dict[Path, int] = {}
-
     async def read(self, nodes: TwoNodes, keys: Sequence[bytes]) -> list[bytes]:
-        self._scan(nodes.home_disk)
-        return _read([self._spans[key] for key in keys])
+        found = _blobs_on_disk(nodes.home_disk)
+        return _read([found[key] for key in keys])
 
     async def write(self, nodes: TwoNodes, keys: Sequence[bytes], blobs: Sequence[bytes]) -> None:
-        self._scan(nodes.home_disk)
-        _write([self._spans[key] for key in keys], blobs)
+        found = _blobs_on_disk(nodes.home_disk)
+        _write([found[key] for key in keys], blobs)
 
-    def _scan(self, directory: Path) -> None:
-        """Take note of what was appended since the last time."""
-        for path in sorted(directory.glob("*.segment")):
-            with path.open("rb") as file:
-                offset = self._scanned_nbytes.get(path, 0)
-                while len(header := os.pread(file.fileno(), HEADER_BYTES, offset)) == HEADER_BYTES:
+
+def _blobs_on_disk(directory: Path) -> dict[bytes, _Span]:
+    """Whatever looks like a blob, by key; of several of one key the last, which counts."""
+    found = {}
+    for path in sorted(directory.glob("*.segment")):
+        if not path.stat().st_size:
+            continue
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+            at = content.find(_MAGIC)
+            while at >= 0:
+                header = content[at : at + HEADER_BYTES]
+                if at % _RECORD_ALIGNMENT == 0 and len(header) == HEADER_BYTES:
                     (payload_nbytes,) = _PAYLOAD_NBYTES.unpack_from(header)
                     key = header[_KEY_OFFSET : _KEY_OFFSET + KEY_BYTES]
-                    self._spans[key] = _Span(path, offset, HEADER_BYTES + payload_nbytes)
-                    record_nbytes = HEADER_BYTES + payload_nbytes
-                    offset += -(-record_nbytes // _RECORD_ALIGNMENT) * _RECORD_ALIGNMENT
-                self._scanned_nbytes[path] = offset
+                    found[key] = _Span(path, at, HEADER_BYTES + payload_nbytes)
+                at = content.find(_MAGIC, at + 1)
+    return found
 
 
 class RedisSite:

@@ -81,7 +81,8 @@ class SoakReport:
         lines.append(
             f"{self.sessions} sessions of {self.tokens_in_context} tokens, "
             f"{self.resumes.sessions} of them resumed, {self.num_resumes} resumes, "
-            f"{self.compared_tokens} tokens and {self.compared_logits} rows of logits compared in {self.seconds:.0f} s: "
+            f"{self.compared_tokens} tokens and {self.compared_logits} rows of logits "
+            f"compared in {self.seconds:.0f} s: "
             f"{self.different_tokens} tokens and {self.different_logits} rows differ; "
             f"fewer than {self.bound:.2g} of resumed sessions do (3/N, 95%)"
         )
