@@ -136,7 +136,7 @@ class RedisLink:
             return
         try:
             if self._is_cluster and not isinstance(self._client, redis.RedisCluster):
-                self._client.close()
+                self.close()
                 self._client = _cluster_client(self._config)
             started = self._clock()
             for command in (
@@ -156,6 +156,8 @@ class RedisLink:
 
     def close(self) -> None:
         self._client.close()
+        if not isinstance(self._client, redis.RedisCluster):
+            self._client.connection_pool.disconnect()  # not the client's own, so that left it open
 
     def _execute(self, *command: bytes | memoryview | str | float) -> Any:
         client: Any = self._client  # redis-py leaves the method untyped

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.kvstore.blob import HEADER_BYTES, BlobHeader, Damaged, check_blob
+from services.kvstore.blob import BlobHeader, Damaged, check_blob
 from services.kvstore.segment import FILE_MODE, Segment, record_nbytes
 from services.kvstore.segment_index import Entry, SegmentIndex, Victim
 
@@ -114,8 +114,10 @@ class SegmentLog:
             is_current = self._index.find(key) is entry
             if is_current:
                 self._index.forget(key)
-        with contextlib.suppress(OSError):  # then a scan finds it, and a read what is wrong with it
-            entry.slot.segment.erase(entry.offset, HEADER_BYTES)
+        # All of it: in its payload may be the header of another blob, behind which a scan would
+        # overlook what follows. If it fails, a scan finds the blob, and a read what is wrong.
+        with contextlib.suppress(OSError):
+            entry.slot.segment.erase(entry.offset, entry.nbytes)
         return is_current
 
     def open(self) -> ScanReport:
