@@ -121,33 +121,33 @@ class Segment:
         self.path.unlink(missing_ok=True)
 
     def scan(self) -> Iterator[Record]:
-        """Every record whose header verifies and whose end is inside the file; payloads unread."""
+        """Every record whose header verifies and whose end is inside the file.
+
+        Payloads are not read, but for those of records that follow on something else: a header that
+        lies where none belongs must not hide the records in what it claims to be its payload.
+        """
         offset = 0
+        follows_a_record = True
         window, window_offset, window_bytes = b"", 0, _PAGE_BYTES
         while offset + HEADER_BYTES <= self.num_bytes:
             at = offset - window_offset
             if at + HEADER_BYTES > len(window):
                 window, window_offset, at = self._read(window_bytes, offset), offset, 0
             header = self._header_in(window[at : at + HEADER_BYTES], offset)
-            if header is None:
+            if header is None or not (follows_a_record or self._is_whole(Record(offset, header))):
                 offset = self._next_magic(offset + RECORD_ALIGNMENT)
+                follows_a_record = False
                 continue
             yield Record(offset, header)
+            follows_a_record = True
             num_bytes = record_nbytes(header.nbytes)
             offset += num_bytes
             window_bytes = _SCAN_BYTES if num_bytes < _SCAN_BYTES else _PAGE_BYTES
 
     def cut_after_last_whole(self, records: list[Record]) -> int:
         """Drop the end of the file, and of `records`, that a crash tore; returns the bytes cut."""
-        while records:
-            last = records[-1]
-            blob = memoryview(bytearray(last.header.nbytes))
-            try:
-                self.read_into(last.offset, blob)
-                check_blob(blob, last.header.key)
-                break
-            except Damaged:
-                records.pop()
+        while records and not self._is_whole(records[-1]):
+            records.pop()
         end = records[-1].offset + record_nbytes(records[-1].header.nbytes) if records else 0
         num_cut = self.num_bytes - end
         if num_cut > 0:
@@ -155,6 +155,15 @@ class Segment:
         # A torn record may lack only padding: then the file is shorter than `end`, and nothing is.
         self.num_bytes = end
         return max(0, num_cut)
+
+    def _is_whole(self, record: Record) -> bool:
+        blob = memoryview(bytearray(record.header.nbytes))
+        try:
+            self.read_into(record.offset, blob)
+            check_blob(blob, record.header.key)
+        except Damaged:
+            return False
+        return True
 
     def _header_in(self, sealed: bytes, offset: int) -> BlobHeader | None:
         try:

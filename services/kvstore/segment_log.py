@@ -75,6 +75,7 @@ class SegmentLog:
         self._index = SegmentIndex()
         self._directory: int | None = None  # its descriptor, locked while we live
         self._next_segment_id = 0
+        self._newest_is_ours = False
         self.has_unsynced = False
 
     def __len__(self) -> int:
@@ -140,6 +141,9 @@ class SegmentLog:
         with self._lock:
             self._index.clear()
             self._index = index
+        # A header that lies where none belongs may claim more bytes than its file has, and is passed
+        # over for that. Appending to the file would make it true: it would hide what was appended.
+        self._newest_is_ours = False
         self._next_segment_id = 1 + max((int(path.stem) for path in paths), default=0)
         seconds = time.perf_counter() - started
         return ScanReport(len(index), seconds, cut_bytes, tuple(errors))
@@ -226,7 +230,11 @@ class SegmentLog:
         slots = self._index.slots
         num_bytes = record_nbytes(len(blob))
         # A blob larger than a segment gets one of its own.
-        if not slots or 0 < slots[-1].num_bytes > self._segment_bytes - num_bytes:
+        if (
+            not slots
+            or not self._newest_is_ours
+            or 0 < slots[-1].num_bytes > self._segment_bytes - num_bytes
+        ):
             self._start_segment()
         slot = slots[-1]
         offset = slot.segment.append(blob)
@@ -242,6 +250,7 @@ class SegmentLog:
         segment = Segment(path, create=True)
         with self._lock:
             self._index.add_slot(segment)
+        self._newest_is_ours = True
         if self._syncs and self._directory is not None:
             os.fsync(self._directory)  # the name of the file
 
