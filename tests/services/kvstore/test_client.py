@@ -1,7 +1,6 @@
 """A worker's client against a store in another process."""
 
 import asyncio
-import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -25,11 +24,10 @@ from tests.services.kvstore.store_process import StoreProcess, running_store
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> KvStoreConfig:
-    # A socket path, so that a store that was killed is started again at the same address.
+def config(tmp_path: Path, socket_address: str) -> KvStoreConfig:
     return KvStoreConfig(
         name="store-0",
-        address=f"unix:/tmp/model1-test-{secrets.token_hex(6)}.sock",
+        address=socket_address,
         arena_dir=tmp_path / "arena",
         ram_bytes=1 << 20,
     )

@@ -1,8 +1,9 @@
 """Stores that are killed: what was flushed is there again, and nothing of the dead is left."""
 
 import asyncio
-import secrets
 from pathlib import Path
+
+import pytest
 
 from protos import kvstore_pb2, kvstore_pb2_grpc
 from services import rpc
@@ -16,13 +17,14 @@ from tests.services.kvstore.store_process import running_store
 NUM_BLOBS = 400
 
 
-def _config(folder: Path) -> KvStoreConfig:
+@pytest.fixture
+def config(tmp_path: Path, socket_address: str) -> KvStoreConfig:
     return KvStoreConfig(
         name="store-0",
-        address=f"unix:/tmp/model1-test-{secrets.token_hex(6)}.sock",
-        arena_dir=folder / "arena",
+        address=socket_address,
+        arena_dir=tmp_path / "arena",
         ram_bytes=4 << 20,
-        disk=DiskConfig(folder / "disk", 64 << 20, segment_bytes=1 << 20),
+        disk=DiskConfig(tmp_path / "disk", 64 << 20, segment_bytes=1 << 20),
     )
 
 
@@ -39,8 +41,9 @@ async def _waiting_blobs(address: str) -> int:
     return sum(tier.waiting_blobs for tier in stat.tiers)
 
 
-async def test_a_killed_store_has_every_flushed_block_again(tmp_path: Path) -> None:
-    config = _config(tmp_path)
+async def test_a_killed_store_has_every_flushed_block_again(
+    config: KvStoreConfig, tmp_path: Path
+) -> None:
     client = await KvClient.open(client_config(config.address))
     with running_store(config) as store:
         async with asyncio.timeout(10):
@@ -64,8 +67,9 @@ async def test_a_killed_store_has_every_flushed_block_again(tmp_path: Path) -> N
     await client.close()
 
 
-async def test_a_store_killed_while_it_writes_serves_no_wrong_block(tmp_path: Path) -> None:
-    config = _config(tmp_path)
+async def test_a_store_killed_while_it_writes_serves_no_wrong_block(
+    config: KvStoreConfig,
+) -> None:
     client = await KvClient.open(client_config(config.address))
     found = 0
     for attempt in range(5):
