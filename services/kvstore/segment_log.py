@@ -141,8 +141,8 @@ class SegmentLog:
         with self._lock:
             self._index.clear()
             self._index = index
-        # A header that lies where none belongs may claim more bytes than its file has, and is passed
-        # over for that. Appending to the file would make it true: it would hide what was appended.
+        # A header that lies where none belongs may claim more bytes than its file has, and is
+        # passed over for that. Appending to the file would make it true, and hide the appended.
         self._newest_is_ours = False
         self._next_segment_id = 1 + max((int(path.stem) for path in paths), default=0)
         seconds = time.perf_counter() - started

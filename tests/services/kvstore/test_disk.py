@@ -62,8 +62,8 @@ def test_what_was_put_comes_back_also_after_a_restart(tmp_path: Path) -> None:
         assert tier.nbytes_of(sample_key(10)) is None
         assert tier.used_bytes == 10 * RECORD
         tier.check()
-    _put(tier, 10)  # goes on where the last one ended
-    assert len(_segments(tmp_path / "kv")) == 3
+    _put(tier, 10)  # into a segment of its own: those of another life are not written to
+    assert len(_segments(tmp_path / "kv")) == 4
     tier.close()
 
 
@@ -258,7 +258,7 @@ def test_a_tail_torn_at_any_byte_is_cut_and_the_rest_is_whole(tmp_path: Path) ->
         assert _held(tier) == ([0, 1, 2] if is_whole else [0, 1])
         assert tier.counts.cut_bytes == (0 if is_whole else length - 2 * record)
         tier.close()
-        if length % 29 == 0:  # and appending goes on behind it
+        if length % 29 == 0:  # and what is appended comes back, too
             tier = DiskTier(config)
             _put(tier, 7)
             tier.close()
@@ -266,6 +266,8 @@ def test_a_tail_torn_at_any_byte_is_cut_and_the_rest_is_whole(tmp_path: Path) ->
             assert all(_get(tier, number) is not None for number in _held(tier))
             assert 7 in _held(tier)
             tier.close()
+            for later in _segments(directory)[1:]:
+                later.unlink()
 
 
 def test_a_tail_whose_pages_never_reached_the_disk_is_cut(tmp_path: Path) -> None:
