@@ -91,7 +91,7 @@ async def _play(
     first, _ = await answer(engine, request(session, ()))
     keys = worker.keys_of(session, [first])
     await worker.until_stored(keys)
-    engine.release(keys.all)
+    worker.release(session, [first])
     await rig.nodes.isolate(keys.all, rig.site.tier)
     draw = random.Random(session.name)
     hurt = set(draw.sample(keys.all, min(draw.choice((1, 1, 2, 4)), len(keys.all))))

@@ -109,7 +109,7 @@ async def _play(
             said, _ = await answer(worker.engine, request(session, answers))
             answers.append(said)
             ledger.answers[session.name, turn] = said
-            worker.engine.release(worker.keys_of(session, answers).all)
+            worker.release(session, answers)
 
     async with asyncio.TaskGroup() as tasks:
         for session in wave:

@@ -43,7 +43,7 @@ async def test_sessions_move_between_nodes_and_outlive_one(tmp_path: Path) -> No
         await nodes.home.kill()
         for session in played:
             keys = here.keys_of(session, answers[session.name]).all
-            here.engine.release(keys)
+            here.release(session, answers[session.name])
             for tier in (Tier.RAM, Tier.DISK):
                 await nodes.peer.drop(tier, keys)
         from_redis = await _turn(here, played, answers)

@@ -87,10 +87,19 @@ class Worker:
     pool: KVPool
     client: KvClient
 
-    def keys_of(self, session: Session, answers: Sequence[tuple[int, ...]]) -> SessionKeys:
+    def keys_of(
+        self,
+        session: Session,
+        answers: Sequence[tuple[int, ...]],
+        resume_every: int = RESUME_EVERY_BLOCKS,
+    ) -> SessionKeys:
         """Of what is computed: the last token is said, but nothing was computed from it yet."""
         root = root_key(MODEL_DIGEST, self.pool.layout_digest, session.cache_salt)
-        return SessionKeys.of(root, said_so_far(session, answers)[:-1], RESUME_EVERY_BLOCKS)
+        return SessionKeys.of(root, said_so_far(session, answers)[:-1], resume_every)
+
+    def release(self, session: Session, answers: Sequence[tuple[int, ...]]) -> None:
+        """Let the worker keep nothing of the session, tails between resume points included."""
+        self.engine.release(self.keys_of(session, answers, resume_every=1).all)
 
     async def until_stored(self, keys: SessionKeys) -> None:
         loop = asyncio.get_running_loop()
