@@ -24,8 +24,8 @@ def record(version: int, token_ids: tuple[int, ...] = (5, 6, 7)) -> SessionRecor
 
 
 @pytest.fixture
-def link(valkey: EmbeddedValkey) -> Iterator[RedisLink]:
-    link = RedisLink(RedisConfig(valkey.url, valkey.password, timeout_seconds=10.0))
+def link(own_valkey: EmbeddedValkey) -> Iterator[RedisLink]:
+    link = RedisLink(RedisConfig(own_valkey.url, own_valkey.password, timeout_seconds=10.0))
     yield link
     link.close()
 
@@ -104,11 +104,11 @@ async def test_an_older_copy_does_not_replace_a_newer_one(
 
 
 async def test_a_redis_that_is_gone_holds_nobody_up(
-    stores: StoreSet, cold: ColdRecords, valkey: EmbeddedValkey, tmp_path: Path
+    stores: StoreSet, cold: ColdRecords, own_valkey: EmbeddedValkey, tmp_path: Path
 ) -> None:
     async with session_store("kvstore-0", tmp_path, cold) as row:
         await stores.update([row])
-        valkey.stop()
+        own_valkey.stop()
         async with asyncio.timeout(20):
             assert await stores.load(SessionName("new", "")) is None
             await stores.save(record(1), 0)
