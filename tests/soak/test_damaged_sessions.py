@@ -11,6 +11,7 @@ from tests.soak.sites import ArenaSite, DiskSite, RedisSite, Site
 SITES = (ArenaSite(Tier.RAM), DiskSite(), ArenaSite(Tier.PEER), RedisSite())
 
 
+@pytest.mark.slow  # test_kv_cache damages restores, too
 async def test_a_few_sessions_go_on_over_damage(tmp_path: Path) -> None:
     await _go_on(ArenaSite(Tier.RAM), 6, tmp_path)
 

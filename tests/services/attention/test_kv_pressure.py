@@ -32,9 +32,8 @@ async def _session(worker: Worker, draw: random.Random) -> None:
         history += answer(history, num_tokens).token_ids + prompt_of(draw.choice((1, 33, 140)), 9)
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
 async def test_32_at_once_and_whatever_is_lost_the_bits_are_those_of_a_resident_run(
     seed: int,
 ) -> None:

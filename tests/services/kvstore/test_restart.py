@@ -67,6 +67,7 @@ async def test_a_killed_store_has_every_flushed_block_again(
     await client.close()
 
 
+@pytest.mark.slow
 async def test_a_store_killed_while_it_writes_serves_no_wrong_block(
     config: KvStoreConfig,
 ) -> None:
