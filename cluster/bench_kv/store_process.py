@@ -6,6 +6,7 @@ its address; then a command in every further line, answered by a JSON line. It e
 
 import asyncio
 import json
+import shutil
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -58,11 +59,12 @@ async def _serve(settings: StoreSettings) -> None:
     from services.kvstore.valkey import EmbeddedValkey
 
     folder = Path(settings.folder)
+    arena_dir = Path("/dev/shm") / folder.name
     valkey = EmbeddedValkey(folder / "valkey", max_bytes=settings.cold_bytes)
     server = await KvStoreServer.open(
         KvStoreConfig(
             name="bench",
-            arena_dir=Path("/dev/shm") / folder.name,
+            arena_dir=arena_dir,
             ram_bytes=settings.ram_bytes,
             disk=DiskConfig(folder / "disk", settings.disk_bytes),
             cold=ColdConfig(
@@ -87,6 +89,7 @@ async def _serve(settings: StoreSettings) -> None:
     finally:
         await server.stop(grace_seconds=1.0)
         valkey.stop()
+        shutil.rmtree(arena_dir, ignore_errors=True)
 
 
 if __name__ == "__main__":
