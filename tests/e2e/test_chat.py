@@ -5,7 +5,7 @@ import pty
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,14 +31,26 @@ class Terminal:
 
     def sees(self, text: str) -> None:
         """From what was seen last on."""
+        self._read_until(lambda: text in self._seen, repr(text))
+        self._seen = self._seen.partition(text)[2]
+
+    def sees_some(self, num_characters: int) -> None:
+        self._read_until(lambda: len(self._seen) >= num_characters, f"{num_characters} characters")
+
+    def leaves(self) -> None:
+        """By Ctrl-D, at the prompt: the terminal loses one that it gets while its mode changes."""
+        self.sees("> ")
+        self.types("\x04")
+        assert self.process.wait(PATIENCE_SECONDS) == 0
+
+    def _read_until(self, is_enough: Callable[[], bool], wanted: str) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while text not in self._seen:
-            assert time.monotonic() < deadline, f"{text!r} is not in {self._seen!r}"
+        while not is_enough():
+            assert time.monotonic() < deadline, f"no {wanted} in {self._seen!r}"
             try:
                 self._seen += os.read(self._descriptor, 4096).decode(errors="replace")
             except OSError:  # the other end was closed
-                assert text in self._seen, f"{text!r} is not in {self._seen!r}"
-        self._seen = self._seen.partition(text)[2]
+                assert is_enough(), f"no {wanted} in {self._seen!r}"
 
 
 @contextmanager
@@ -74,23 +86,19 @@ def test_a_chat_goes_on_after_an_answer_that_was_cut_short(tiny_checkpoint: Path
             terminal.sees("> ")
             terminal.types("again\n")
             terminal.sees("prompt 16 tokens, answer 5 tokens")
-            terminal.types("\x04")  # Ctrl-D
-            assert terminal.process.wait(PATIENCE_SECONDS) == 0
+            terminal.leaves()
         with at_a_terminal("--session", "long", *at, "--max-tokens", "380") as terminal:
             terminal.sees("> ")
             terminal.types("Hello\n")
             terminal.sees("\n")
-            time.sleep(1.0)
+            terminal.sees_some(40)  # of the 380 tokens of the answer
             os.killpg(terminal.process.pid, signal.SIGINT)  # Ctrl-C
-            terminal.sees("> ")
-            terminal.types("\x04")
-            assert terminal.process.wait(PATIENCE_SECONDS) == 0
+            terminal.leaves()
         with at_a_terminal(*at, "--max-tokens", "2") as terminal:
             terminal.sees("> ")
             terminal.types("Hello\n")
             terminal.sees("answer 2 tokens")
-            terminal.types("\x04")
-            assert terminal.process.wait(PATIENCE_SECONDS) == 0
+            terminal.leaves()
         sessions = run_json("session", "list", *at)["sessions"]
         assert [each["session_id"] for each in sessions] == ["talk"]
         assert deployment.stop().code == 0
