@@ -86,15 +86,15 @@ def cheapest_plan(
 
 
 def _segments(origin: Sequence[int], is_loaded: Sequence[bool]) -> list[Segment]:
+    """Loads that follow on one another are one: rounding may begin a second one where a tail is
+    free, and a sequence that has jumped must find something to compute before its next jump.
+    """
     segments: list[Segment] = []
     end = len(origin) - 1
     while end:
         start = origin[end]
-        if is_loaded[end]:
-            segments.append(Load(start, end))
-        else:
-            while start and not is_loaded[start]:
-                start = origin[start]
-            segments.append(Compute(start, end))
+        while start and is_loaded[start] == is_loaded[end]:
+            start = origin[start]
+        segments.append(Load(start, end) if is_loaded[end] else Compute(start, end))
         end = start
     return segments[::-1]

@@ -53,6 +53,12 @@ def test_what_is_faster_to_compute_is_not_loaded() -> None:
     assert mixed.seconds == pytest.approx(0.5 * 2 + 0.1 + 1 + 0.5 + 0.1)
 
 
+def test_a_load_that_passes_a_free_tail_is_one_load_however_sums_are_rounded() -> None:
+    plan = cheapest_plan([None, 0.3, 0.3], [None, FREE, FREE], 2.0)
+    assert 2.0 + 0.3 - 0.3 < 2.0  # so loading seems to begin better at block 2
+    assert plan.segments == (Compute(0, 1), Load(1, 3))
+
+
 SECONDS = st.one_of(st.none(), st.integers(0, 8).map(lambda eighths: eighths / 8))
 
 
