@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from protos import kvstore_pb2, kvstore_pb2_grpc
 from services.duplex import Duplex
-from services.kvstore.blob import Damaged, DamageReason, check_blob
+from services.kvstore.blob import Damaged, DamageReason, check_blob, read_header
 from services.kvstore.tier import Loaded, Rooms
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class PeerLink:
         return self._stream.connected
 
     async def contains(self, keys: Sequence[bytes], timeout_seconds: float) -> bytes:
-        """One byte a key; none at all if the peer does not answer."""
+        """One byte a key; none at all if the peer does not answer, or not for each key."""
         call_id, answers = self._ask(kvstore_pb2.PeerRequest(contains=b"".join(keys)))
         try:
             async with asyncio.timeout(timeout_seconds):
@@ -59,7 +59,9 @@ class PeerLink:
             return b""
         finally:
             del self._answers[call_id]
-        return answer.presence if answer is not None else b""
+        if answer is None or len(answer.presence) != len(keys):
+            return b""
+        return answer.presence
 
     async def fetch(
         self, keys: Sequence[bytes], rooms: Rooms, limits: PeerLimits
@@ -81,10 +83,10 @@ class PeerLink:
                 if not answer.HasField("part") or part.index not in left:
                     continue  # or the rest of a blob that is damaged
                 key = keys[part.index]
-                if part.index not in arriving:
-                    memory = await rooms.wait_for(key, part.total_bytes)
-                    arriving[part.index] = _Arriving(memory)
                 try:
+                    if part.index not in arriving:
+                        memory = await rooms.wait_for(key, _nbytes_of(key, part))
+                        arriving[part.index] = _Arriving(memory)
                     if not arriving[part.index].take(part):
                         continue
                     loaded: Loaded = key, check_blob(arriving[part.index].memory, key)
@@ -144,3 +146,14 @@ class _Arriving:
         self.memory[self._num_bytes : end] = part.data
         self._num_bytes = end
         return end == len(self.memory)
+
+
+def _nbytes_of(key: bytes, first: kvstore_pb2.PeerPart) -> int:
+    """The length of the blob whose first part this is, so that no blob leaves RAM for a length that
+    is only claimed. Raises Damaged."""
+    header = read_header(memoryview(first.data))
+    if header.key != key:
+        raise Damaged(DamageReason.KEY)
+    if first.offset or first.total_bytes != header.nbytes:
+        raise Damaged(DamageReason.TRUNCATED)
+    return header.nbytes
