@@ -71,7 +71,8 @@ class Peers:
     async def load(self, keys: Sequence[bytes], rooms: Rooms) -> AsyncGenerator[Loaded]:
         left = list(keys)
         for _ in range(MAX_ROUNDS):
-            unknown = [key for key in left if key not in self._seen_at]
+            # Or seen at a peer that is none any more.
+            unknown = [key for key in left if self._seen_at.get(key) not in self._links]
             if unknown:
                 await self.contains(unknown)
             for link in list(self._links.values()):

@@ -121,3 +121,17 @@ async def test_a_dead_or_frozen_peer_is_a_miss(
         await eventually(noticed)
         assert there.address in (here.peers.degraded or "")
         assert await read(worker, [0, 3]) == [Tier.RAM, None]
+
+
+async def test_a_block_seen_at_a_peer_that_is_gone_is_asked_of_the_others(
+    open_store: OpenStore, connect: Connect
+) -> None:
+    here, there = await open_store("here"), await open_store("there")
+    third = await open_store("third")
+    worker = await connect(here)
+    for each in (there, third):
+        await (await connect(each)).save([item_of(0)])
+    await _introduced(here, there.address)
+    assert await worker.locate([key_of(0)]) == [Tier.PEER]
+    await _introduced(here, third.address)
+    assert await read(worker, [0]) == [Tier.PEER]
