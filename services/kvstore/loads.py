@@ -118,6 +118,8 @@ class Loads:
         try:
             async with self._slots:
                 wanted = [key for key, waiters in load.items() if waiters]
+                for key in load.keys() - wanted:
+                    self._settle(key, None)  # who asks from now on gets a load of its own
                 for lower in self._lower:
                     if wanted:
                         wanted = await self._load_from(lower, wanted, identity)

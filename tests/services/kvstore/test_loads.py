@@ -1,0 +1,110 @@
+"""Loads that several wait for, over a tier that answers when the test says so."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from services.kvstore.arena import Arena
+from services.kvstore.blob import check_blob
+from services.kvstore.loads import Found, Loads
+from services.kvstore.lru import Lru
+from services.kvstore.ram import RamTier
+from services.kvstore.stats import TierStats
+from services.kvstore.tier import Loaded, Rooms, Tier
+from tests.services.kvstore.sample_blobs import sample_blob, sample_key
+
+
+class _GatedTier:
+    """Has every sample blob. `asked` is what it was asked for, each with a gate to its answer."""
+
+    tier = Tier.DISK
+    degraded = None
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Sequence[bytes], asyncio.Event]] = []
+
+    def has(self, key: bytes) -> bool:
+        return True
+
+    async def contains(self, keys: Sequence[bytes]) -> Sequence[bool]:
+        return [True] * len(keys)
+
+    async def load(self, keys: Sequence[bytes], rooms: Rooms) -> AsyncGenerator[Loaded]:
+        gate = asyncio.Event()
+        self.asked.append((keys, gate))
+        await gate.wait()
+        for key in keys:
+            blob = sample_blob(int.from_bytes(key, "big"))
+            room = await rooms.wait_for(key, len(blob))
+            room[:] = blob
+            yield key, check_blob(room, key)
+
+    async def drop(self, keys: Sequence[bytes]) -> int:
+        return 0
+
+
+@pytest.fixture
+def ram(tmp_path: Path) -> Iterator[RamTier]:
+    ram = RamTier(
+        Arena.create(tmp_path / "ram.arena", 1 << 20),
+        Lru(),
+        clock=time.monotonic,
+        unsaved=lambda _key: False,
+        pinned=lambda _key: False,
+    )
+    yield ram
+    ram.check()
+    assert ram.num_uses == 0
+    ram.arena.close()
+
+
+async def test_who_asks_for_what_others_gave_up_while_they_waited_gets_it(ram: RamTier) -> None:
+    tier = _GatedTier()
+    loads = Loads(
+        ram,
+        [tier],
+        {Tier.DISK: TierStats()},
+        arrived=lambda _found: None,
+        clock=time.monotonic,
+        max_loads=1,
+        room_wait_seconds=1.0,
+    )
+    found: dict[int, bool] = {}
+
+    def deliver(index: int, what: Found | None) -> None:
+        found[index] = what is not None
+        if what is not None:
+            ram.let_go(what.resident)
+
+    def load(*numbers: int) -> asyncio.Task[None]:
+        wanted = {number: sample_key(number) for number in numbers}
+        return asyncio.create_task(loads.load(wanted, deliver, None))
+
+    async def others_run() -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    first = load(0)  # has the only slot
+    await others_run()
+    gives_up, stays = load(1, 2), load(2)
+    await others_run()
+    gives_up.cancel()
+    tier.asked[0][1].set()
+    await first
+    await others_run()
+    assert [keys for keys, _ in tier.asked] == [[sample_key(0)], [sample_key(2)]]
+    comes_late = load(1)
+    await others_run()
+    tier.asked[1][1].set()
+    await stays
+    await others_run()
+    for _, gate in tier.asked[2:]:
+        gate.set()
+    async with asyncio.timeout(5):
+        await comes_late
+    assert found == {0: True, 1: True, 2: True}
+    assert len(loads) == 0
+    await loads.close()
