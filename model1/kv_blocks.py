@@ -100,7 +100,7 @@ class BlockTable:
 
     def forget(self, keys: Iterable[bytes]) -> int:
         """Free the cached blocks of these names; how many there were."""
-        blocks = [self._named[key] for key in keys if key in self._named]
+        blocks = [self._named[key] for key in dict.fromkeys(keys) if key in self._named]
         idle = [block for block in blocks if block in self._cached]
         for block in idle:
             self._forget(block)

@@ -98,7 +98,7 @@ class TailCache:
         """Free the slots of these tails, held ones excepted; how many there were."""
         idle = [
             tail
-            for key in keys
+            for key in dict.fromkeys(keys)
             if (tail := self._of_key.get(key)) is not None and not tail.num_holders
         ]
         for tail in idle:

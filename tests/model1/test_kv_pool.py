@@ -205,8 +205,8 @@ class PoolUnderLoad(RuleBasedStateMachine):
     @precondition(lambda self: self.named)
     @rule(data=st.data())
     def forget(self, data: st.DataObject) -> None:
-        keys = data.draw(st.lists(st.sampled_from([*self.named, b"unknown"]), unique=True))
-        gone = [key for key in keys if self.named.get(key) in self.idle_since]
+        keys = data.draw(st.lists(st.sampled_from([*self.named, b"unknown"])))
+        gone = {key for key in keys if self.named.get(key) in self.idle_since}
         assert self.pool.forget(keys) == len(gone)
         self._evicted([self.named[key] for key in gone])
 
