@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from model1.errors import InvalidRequest, ModelError
@@ -189,8 +189,15 @@ class Engine:
                 # At least one turn for the loop's servers, even when no crossing had to wait.
                 await asyncio.sleep(0)
             else:
+                await self._wait_for_change()
+
+    async def _wait_for_change(self) -> None:
+        """Until there may be something to do, be it only to end a request at its deadline."""
+        deadlines = [live.deadline_s for live in self._live.values() if live.deadline_s is not None]
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(min(deadlines, default=None)):
                 await self._wake.wait()
-                self._wake.clear()
+        self._wake.clear()
 
     def _accept(self, request: GenerationRequest, deadline_s: float | None) -> _Live:
         if self._is_draining:

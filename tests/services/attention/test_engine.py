@@ -260,6 +260,18 @@ async def test_a_request_ends_at_its_deadline_waiting_or_running() -> None:
                     pass
 
 
+async def test_a_deadline_passes_though_nothing_else_happens() -> None:
+    pool = tiny_model.pool(max_sequences=1)
+    other = pool.allocate(1)
+    async with running_engine(ControlledExperts(), pool) as engine:
+        soon = asyncio.get_running_loop().time() + 0.05
+        with engine.submit(request("a"), soon) as stream:
+            async with asyncio.timeout(5):
+                with pytest.raises(DeadlineExceeded, match="0 of 8 tokens generated"):
+                    await first_token(stream)
+        pool.free(other)
+
+
 async def test_hung_experts_hold_a_request_no_longer_than_its_deadline() -> None:
     experts = ControlledExperts()
     pool = tiny_model.pool()
