@@ -78,7 +78,7 @@ class EmbeddedValkey:
             self._keeper.join()
             raise ValkeyUnavailable(
                 f"an embedded Valkey did not come up on {host}:{self.port}; "
-                f"{directory / LOG_NAME} says why"
+                f"{directory / LOG_NAME} or our own log says why"
             )
 
     @property
@@ -105,21 +105,31 @@ class EmbeddedValkey:
 
     def _keep(self) -> None:
         while True:
-            process = self._start()
-            if self._is_up(process):
-                self._process = process
-                self._settled.set()
+            try:
+                process = self._start()
+            except OSError as error:  # of its log, or of a process more
+                log.warning("valkey_not_started reason=%s", error)
             else:
-                process.kill()
-            if self._stopping.is_set():
-                process.terminate()
-            code = process.wait()
-            self._process = None
+                code = self._lived(process)
+                if not self._stopping.is_set():
+                    log.warning("valkey_died code=%d", code)
             if self._stopping.is_set() or not self._settled.is_set():
                 break
-            log.warning("valkey_died code=%d", code)
             self._stopping.wait(RESTART_DELAY_SECONDS)
         self._settled.set()
+
+    def _lived(self, process: subprocess.Popen[bytes]) -> int:
+        """Its exit code, at the end of it."""
+        if self._is_up(process):
+            self._process = process
+            self._settled.set()
+        else:
+            process.kill()
+        if self._stopping.is_set():
+            process.terminate()
+        code = process.wait()
+        self._process = None
+        return code
 
     def _start(self) -> subprocess.Popen[bytes]:
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from services.kvstore import valkey as valkey_module
 from services.kvstore.redis_link import RedisConfig, RedisDown, RedisLink
 from services.kvstore.valkey import LOG_NAME, EmbeddedValkey, ValkeyUnavailable
 
@@ -131,3 +132,24 @@ def test_a_directory_that_cannot_be_had_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValkeyUnavailable, match="cannot start an embedded Valkey"):
         EmbeddedValkey(tmp_path / "file", max_bytes=1 << 20)
+
+
+def test_a_log_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / LOG_NAME).mkdir()
+    with pytest.raises(ValkeyUnavailable, match="did not come up"):
+        EmbeddedValkey(tmp_path, max_bytes=1 << 20)
+
+
+def test_a_server_that_cannot_be_started_again_is_tried_until_it_can(
+    own_valkey: EmbeddedValkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(valkey_module, "RESTART_DELAY_SECONDS", 0.05)
+    first, log_file = own_valkey.pid, own_valkey._directory / LOG_NAME
+    assert first is not None
+    log_file.unlink()
+    log_file.mkdir()
+    os.kill(first, signal.SIGKILL)
+    _eventually(lambda: own_valkey.pid is None)
+    time.sleep(0.3)
+    log_file.rmdir()
+    _eventually(lambda: own_valkey.pid not in (None, first))
