@@ -157,9 +157,10 @@ class KvStoreServer:
                 records = ColdRecords(cold.link, ttl_seconds=config.cold.ttl_seconds)
             below = Below(disk=disk, peers=peers, cold=cold)
             store = TieredStore(arena, S3Fifo(), below, pins, config.limits, clock=time.monotonic)
-            parts.push_async_callback(store.close)
             leases = LeaseBook(store.ram)
+            # After the store: a load under way must not get the room of a worker's lease.
             parts.callback(leases.close)
+            parts.push_async_callback(store.close)
             table = SessionTable(config.sessions_dir, config.sessions_durability)
             parts.callback(table.close)
             sessions = SessionStoreService(table, records)

@@ -1,6 +1,7 @@
 """The tiers of one store together, through a worker's client, on a real arena and a real disk."""
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from services.kvstore.admin import Admin
 from services.kvstore.server import KvStoreServer
 from services.kvstore.tier import Tier
-from tests.services.kvstore.blobs import NBYTES, item_of, key_of, read
+from tests.services.kvstore.blobs import NBYTES, item_of, key_of, payload_of, read
 from tests.services.kvstore.conftest import Connect, OpenStore, idle
 
 
@@ -188,3 +189,32 @@ async def test_cancelled_readers_and_writers_leave_nothing_behind(
     await idle(server)
     server.check()
     assert await read(client, [255]) in ([Tier.RAM], [Tier.DISK])
+
+
+async def test_what_a_worker_reads_stays_as_it_is_while_the_store_stops(
+    open_store: OpenStore, connect: Connect
+) -> None:
+    """A load that waits for room must not get that of a worker that is in the middle of a copy."""
+    large = 600_000  # of which RAM holds one
+    server = await open_store()
+    client = await connect(server)
+    for number in (1, 0):
+        await client.save([item_of(number, large)])
+        await server.store.flush()
+        await idle(server)
+    entered, go_on = threading.Event(), threading.Event()
+    payloads: list[bytes] = []
+
+    def consume(_index: int, payload: memoryview) -> None:
+        entered.set()
+        assert go_on.wait(10)
+        payloads.append(bytes(payload))
+
+    deadline_s = asyncio.get_running_loop().time() + 10
+    async with client.acquire([key_of(0)], deadline_s=deadline_s, consume=consume):
+        await asyncio.to_thread(entered.wait)
+        server.store.promote([key_of(1)])
+        await asyncio.sleep(0.1)
+        await server.stop(grace_seconds=0.1)
+        go_on.set()
+    assert payloads == [payload_of(0, large)]
