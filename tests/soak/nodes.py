@@ -85,8 +85,10 @@ class TwoNodes:
             assert await store.stop() == 0
 
     async def kill(self) -> None:
+        """Nothing is left of them, however they ended."""
         for store in (self.home, self.peer):
             await store.kill()
+            _remove_socket(store.address)
 
 
 @asynccontextmanager
@@ -116,6 +118,10 @@ async def two_nodes(directory: Path) -> AsyncIterator[TwoNodes]:
             await nodes.kill()
     finally:
         await asyncio.to_thread(valkey.stop)
+
+
+def _remove_socket(address: str) -> None:
+    Path(address.removeprefix("unix:")).unlink(missing_ok=True)
 
 
 def _store_config(name: str, directory: Path, redis: RedisConfig) -> KvStoreConfig:

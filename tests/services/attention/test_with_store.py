@@ -27,10 +27,10 @@ PROMPT = tiny_model.prompt(1000)
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> KvStoreConfig:
+def config(tmp_path: Path, socket_address: str) -> KvStoreConfig:
     return KvStoreConfig(
         name="store-0",
-        address=f"unix:/tmp/model1-test-{secrets.token_hex(6)}.sock",
+        address=socket_address,
         arena_dir=tmp_path / "arena",
         ram_bytes=16 << 20,
     )
@@ -73,7 +73,7 @@ class Worker:
         return (await self.stub.Stats(attention_pb2.AttentionStatsRequest())).kv
 
     async def until_saved(self) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while (await self.stats()).waiting_blobs:  # noqa: ASYNC110 it is another process
                 await asyncio.sleep(0.01)
 
@@ -93,7 +93,9 @@ async def running_worker(address: str) -> AsyncIterator[Worker]:
     pool = tiny_model.pool(8, 64 * 128, 256, CONTEXT)
     worker = await AttentionWorker.open(model.trunk, pool, LocalExperts(model.experts), config)
     async with rpc.channel(worker.address) as channel:
-        await asyncio.sleep(0.3)  # the store is in reach, if there is one
+        assert worker._store is not None
+        async with asyncio.timeout(30):
+            await worker._store.wait_connected()
         yield Worker(worker, attention_pb2_grpc.AttentionStub(channel))
         await worker.stop(grace_s=5)
     worker.engine.check()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -35,13 +34,6 @@ class OpenStore(Protocol):
 
 class Connect(Protocol):
     def __call__(self, server: KvStoreServer) -> Awaitable[KvClient]: ...
-
-
-@pytest.fixture
-def socket_address() -> Iterator[str]:
-    """For a store that is killed and started again where it was; short, as such paths must be."""
-    with tempfile.TemporaryDirectory(prefix="model1-") as folder:
-        yield f"unix:{folder}/store.sock"
 
 
 @pytest.fixture
