@@ -1,4 +1,4 @@
-"""A TCP proxy that a test puts in front of a server: it can wait, be cut, and speak TLS."""
+"""A TCP proxy that a test puts in front of a server: it can wait, hold, be cut, and speak TLS."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ import time
 
 
 class TcpProxy:
-    """Forwards every connection to `port` of this machine; `delay_seconds` before each answer."""
+    """Forwards every connection to `port` of this machine; `delay_seconds` before each answer.
+
+    Answers wait while `gate` is cleared.
+    """
 
     def __init__(self, port: int, *, tls: ssl.SSLContext | None = None) -> None:
         self.delay_seconds = 0.0
+        self.gate = threading.Event()
+        self.gate.set()
         self._target = ("127.0.0.1", port)
         self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -29,6 +34,7 @@ class TcpProxy:
                 each.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        self.gate.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._threads[0].join()
@@ -64,6 +70,7 @@ class TcpProxy:
             while data := source.recv(1 << 16):
                 if waits:
                     time.sleep(self.delay_seconds)
+                    self.gate.wait()
                 sink.sendall(data)
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_RDWR)

@@ -116,11 +116,12 @@ async def test_pins_hold_until_they_expire_or_are_taken_away(
 async def test_gc_drops_what_nobody_asked_for_in_time(
     open_store: OpenStore, connect: Connect
 ) -> None:
-    server = await open_store("short", ttl_seconds=0.2)
+    server = await open_store("short", ttl_seconds=1000.0)
+    clock = server.store.ram.clock
     worker = await connect(server)
     await worker.save([item_of(number) for number in range(4)])
     await server.store.flush()
-    await asyncio.sleep(0.3)
+    server.store.ram.clock = lambda: clock() + 2000.0
     await worker.save([item_of(9)])
     await server.store.flush()
     async with rpc.channel(server.address) as channel:

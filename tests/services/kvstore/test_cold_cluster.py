@@ -1,10 +1,13 @@
 """The cold tier in a real cluster of three nodes."""
 
+import secrets
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,6 @@ from services.kvstore.blob import HEADER_BYTES
 from services.kvstore.cold import PART_BYTES, ColdTier
 from services.kvstore.cold_records import ColdRecords, Record
 from services.kvstore.redis_link import RedisConfig, RedisLink
-from services.kvstore.valkey import _free_port
 from tests.services.kvstore.sample_blobs import sample_blob, sample_key
 
 NUM_NODES = 3
@@ -52,7 +54,8 @@ def _start(directory: Path, port: int) -> subprocess.Popen[bytes]:
 def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
     root = tmp_path_factory.mktemp("cluster")
     # A node listens on its port and on the one 10,000 above.
-    ports = [20_000 + _free_port("127.0.0.1") % 20_000 + number for number in range(NUM_NODES)]
+    candidates = range(20_000 + secrets.randbelow(10_000), 40_000)
+    ports = list(islice(filter(_is_free, candidates), NUM_NODES))
     nodes = [_start(root / str(port), port) for port in ports]
     clients = [redis.Redis(port=port, password=PASSWORD) for port in ports]
     try:
@@ -71,6 +74,15 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
         for node in nodes:
             node.kill()
             node.wait()
+
+
+def _is_free(port: int) -> bool:
+    try:
+        for needed in (port, port + 10_000):
+            socket.create_server(("127.0.0.1", needed)).close()
+    except OSError:
+        return False
+    return True
 
 
 def _answers(client: redis.Redis) -> bool:

@@ -44,16 +44,17 @@ async def test_calls_and_work_keep_their_order(thread: LoopThread) -> None:
 
 
 async def test_work_goes_on_while_the_callers_loop_is_busy(thread: LoopThread) -> None:
-    async def take_turns() -> float:
+    done = threading.Event()
+
+    async def take_turns() -> None:
         for _ in range(20):
-            await asyncio.sleep(0.005)
-        return time.monotonic()
+            await asyncio.sleep(0.001)
+        done.set()
 
     running = asyncio.create_task(thread.run(take_turns()))
     await asyncio.sleep(0)
-    time.sleep(0.5)  # noqa: ASYNC251  as a long step does
-    busy_until = time.monotonic()
-    assert await running < busy_until
+    assert done.wait(30)  # this loop stands still all the while, as in a long step
+    await running
 
 
 async def test_whoever_is_cancelled_waits_for_the_end_of_the_work(thread: LoopThread) -> None:
@@ -80,7 +81,10 @@ async def test_whoever_is_cancelled_waits_for_the_end_of_the_work(thread: LoopTh
 async def test_work_that_ends_well_although_it_is_cancelled_raises_for_the_caller(
     thread: LoopThread,
 ) -> None:
+    started = threading.Event()
+
     async def stubborn() -> int:
+        started.set()
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
@@ -88,7 +92,7 @@ async def test_work_that_ends_well_although_it_is_cancelled_raises_for_the_calle
         return 0
 
     running = asyncio.create_task(thread.run(stubborn()))
-    await asyncio.sleep(0.05)
+    await asyncio.to_thread(started.wait)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running

@@ -90,7 +90,7 @@ async def test_stores_that_ask_each_other_come_to_an_end(
 async def test_a_dead_or_frozen_peer_is_a_miss(
     open_store: OpenStore, connect: Connect, tmp_path: Path
 ) -> None:
-    limits = PeerLimits(contains_timeout_seconds=0.2, fetch_timeout_seconds=0.4)
+    limits = PeerLimits(contains_timeout_seconds=0.5, fetch_timeout_seconds=1.0)
     here = await open_store("here", peer_limits=limits)
     worker = await connect(here)
     config = KvStoreConfig(name="there", arena_dir=tmp_path / "there", ram_bytes=1 << 20)
@@ -105,8 +105,8 @@ async def test_a_dead_or_frozen_peer_is_a_miss(
         there.freeze()
         started = time.monotonic()
         assert await worker.locate([key_of(1)]) == [None]
-        assert await read(worker, [1]) == [None]
-        assert time.monotonic() - started < 3
+        assert await read(worker, [1], timeout_s=60) == [None]
+        assert time.monotonic() - started < 20  # far less than its patience
         there.thaw()
 
         async def answers() -> bool:
