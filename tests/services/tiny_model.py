@@ -1,6 +1,8 @@
 """A seeded random model with every layer kind, small enough to generate in milliseconds."""
 
 import json
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -87,9 +89,11 @@ def pool(
     max_tokens: int = 4096,
     max_step_tokens: int = 64,
     context: int = CONTEXT,
+    clock: Callable[[], float] = time.monotonic,
 ) -> KVPool:
     config = model(context).config
-    return KVPool(config, PoolCapacity(max_sequences, max_tokens, max_step_tokens))
+    capacity = PoolCapacity(max_sequences, max_tokens, max_step_tokens)
+    return KVPool(config, capacity, clock=clock)
 
 
 def prompt(num_tokens: int, seed: int = 0) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from model1.kv_pool import KVPool
@@ -31,9 +32,10 @@ class Worker:
         has_store: bool = True,
         kv: KvCacheConfig | None = None,
         store: MemoryStore | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         model = tiny_model.model(CONTEXT)
-        self.pool: KVPool = tiny_model.pool(max_sequences, max_tokens, 256, CONTEXT)
+        self.pool: KVPool = tiny_model.pool(max_sequences, max_tokens, 256, CONTEXT, clock=clock)
         self.store = store or MemoryStore(self.pool.layout_digest)
         self.trunk = RecordingTrunk(model.trunk)
         trunk: Any = self.trunk
@@ -102,7 +104,7 @@ class Worker:
         assert self.engine.release([*chain.body_keys, *tails]) == len(chain.body_keys)
 
     async def written_back(self) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while self.engine.stats().kv.waiting_blobs:  # noqa: ASYNC110 nobody waits for it
                 await asyncio.sleep(0.001)
 

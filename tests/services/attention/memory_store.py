@@ -27,6 +27,8 @@ class MemoryStore:
         self.delay_s = 0.0  # of each block
         self.gate = asyncio.Event()  # of saving
         self.gate.set()
+        self.load_gate = asyncio.Event()
+        self.load_gate.set()
         self.error: Exception | None = None
         self.leases = 0
         self._kinds: dict[bytes, BlobKind] = {}
@@ -95,6 +97,7 @@ class MemoryStore:
         for index, key in enumerate(keys):
             if self.delay_s:
                 await asyncio.sleep(min(self.delay_s, max(0.0, deadline_s - loop.time())))
+            await self.load_gate.wait()
             self._fail()
             tier = self._tier(key)
             if tier is None or loop.time() >= deadline_s:

@@ -237,9 +237,9 @@ async def test_a_bug_in_a_step_is_an_internal_failure_and_the_engine_goes_on(
 
 async def test_a_hung_router_is_given_up_after_the_crossing_timeout() -> None:
     experts = ControlledExperts()
-    async with running_engine(experts, crossing_timeout_s=0.05) as engine:
+    async with running_engine(experts, crossing_timeout_s=0.3) as engine:
         experts.gate.clear()
-        with pytest.raises(ExpertsUnavailable, match=r"layer 0: no sum .* within 0\.05 s"):
+        with pytest.raises(ExpertsUnavailable, match=r"layer 0: no sum .* within 0\.3 s"):
             await collect(engine, request("a"))
         experts.gate.set()
         await collect(engine, request("b"))
@@ -277,17 +277,17 @@ async def test_hung_experts_hold_a_request_no_longer_than_its_deadline() -> None
     pool = tiny_model.pool()
     async with running_engine(experts, pool) as engine:
         experts.gate.clear()
-        soon = asyncio.get_running_loop().time() + 0.05
-        async with asyncio.timeout(5):
+        soon = asyncio.get_running_loop().time() + 0.4
+        async with asyncio.timeout(20):
             with (
-                engine.submit(request("a"), soon - 0.02) as earlier,
+                engine.submit(request("a"), soon - 0.1) as earlier,
                 engine.submit(request("b"), soon) as later,
             ):
                 for stream in (earlier, later):
                     with pytest.raises(DeadlineExceeded, match="0 of 8 tokens generated"):
                         await first_token(stream)
         assert pool.usage().sequences == 0
-        assert 0 < experts.timeouts[0] <= 0.05  # the experts are told
+        assert 0 < experts.timeouts[0] <= 0.4  # the experts are told
 
 
 async def test_a_request_without_a_deadline_keeps_the_step_that_it_shares() -> None:
@@ -298,6 +298,7 @@ async def test_a_request_without_a_deadline_keeps_the_step_that_it_shares() -> N
         await asyncio.sleep(0)  # it is in the queue, and no step has begun
         soon = asyncio.get_running_loop().time() + 0.05
         with engine.submit(request("late"), soon) as late:
+            await until(lambda: bool(experts.timeouts))
             await asyncio.sleep(0.1)
             assert experts.timeouts == [30.0]
             experts.gate.set()

@@ -117,7 +117,7 @@ async def test_dropping_the_stream_frees_the_kv(stub, pool: KVPool) -> None:
     await anext(aiter(call))
     assert pool.usage().sequences == 1
     call.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while pool.usage().sequences:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
     assert (await stub.Stats(attention_pb2.AttentionStatsRequest())).cancelled_requests == 1
@@ -127,7 +127,7 @@ async def test_dropping_the_stream_frees_the_kv(stub, pool: KVPool) -> None:
 async def test_a_deadline_ends_the_request(stub, pool: KVPool, timeout_s: float) -> None:
     error = await failure(stub.Generate(request("a", max_tokens=380), timeout=timeout_s))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while pool.usage().sequences:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
