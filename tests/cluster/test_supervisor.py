@@ -94,7 +94,7 @@ EVERYBODY = sorted(spec.name for spec in TOPOLOGY.actors)
 
 async def test_all_load_before_any_serves_and_callers_serve_after_those_they_call() -> None:
     stage = Stage()
-    address = await stage.supervisor().start(timeout_seconds=5)
+    address = await stage.supervisor().start(timeout_seconds=30)
     assert address == "at-gateway-0"
     loaded, rest = stage.log[: len(EVERYBODY)], stage.log[len(EVERYBODY) :]
     assert sorted(loaded) == [f"load {name}" for name in EVERYBODY]
@@ -108,7 +108,7 @@ async def test_all_load_before_any_serves_and_callers_serve_after_those_they_cal
 
 async def test_each_role_is_told_its_peers() -> None:
     stage = Stage()
-    await stage.supervisor().start(timeout_seconds=5)
+    await stage.supervisor().start(timeout_seconds=30)
     table = stage.peers["router-0"]
     first, second = ("at-expert-0-0", "at-expert-0-1"), ("at-expert-1-0", "at-expert-1-1")
     assert (table.epoch, table.replicas_of_expert) == (1, (first, first, second, second))
@@ -125,7 +125,7 @@ async def test_each_role_is_told_its_peers() -> None:
 
 async def test_the_stores_learn_of_each_other_and_share_the_redis_of_the_first() -> None:
     stage = Stage()
-    await stage.supervisor().start(timeout_seconds=5)
+    await stage.supervisor().start(timeout_seconds=30)
     assert stage.log[-2:] == ["update kvstore-0", "update kvstore-1"]
     first, second = stage.peers["kvstore-0"], stage.peers["kvstore-1"]
     assert first.store_addresses == (("kvstore-1", "at-kvstore-1"),)
@@ -137,7 +137,7 @@ async def test_the_stores_learn_of_each_other_and_share_the_redis_of_the_first()
 async def test_a_lost_store_does_not_end_the_deployment() -> None:
     stage = Stage(dead={"kvstore-0", "kvstore-1"})
     supervisor = stage.supervisor()
-    await supervisor.start(timeout_seconds=5)
+    await supervisor.start(timeout_seconds=30)
     watching = asyncio.create_task(supervisor.watch(interval_seconds=0.01))
     await asyncio.sleep(0.05)
     assert not watching.done()
@@ -145,22 +145,24 @@ async def test_a_lost_store_does_not_end_the_deployment() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "message"),
+    ("stage", "timeout_seconds", "message"),
     [
-        (Stage(fails_to_load="expert-1-0"), "expert-1-0: no such file"),
-        (Stage(fails_to_serve="gateway-0"), "gateway-0: port in use"),
-        (Stage(never_loads="router-0"), r"router-0.* did not start within 0\.2 s"),
+        (Stage(fails_to_load="expert-1-0"), 30, "expert-1-0: no such file"),
+        (Stage(fails_to_serve="gateway-0"), 30, "gateway-0: port in use"),
+        (Stage(never_loads="router-0"), 0.2, r"router-0.* did not start within 0\.2 s"),
     ],
 )
-async def test_one_failure_ends_everything_and_is_told(stage: Stage, message: str) -> None:
+async def test_one_failure_ends_everything_and_is_told(
+    stage: Stage, timeout_seconds: float, message: str
+) -> None:
     with pytest.raises(DeploymentError, match=message):
-        await stage.supervisor().start(timeout_seconds=0.2)
+        await stage.supervisor().start(timeout_seconds)
     assert sorted(stage.killed) == EVERYBODY
 
 
 async def test_a_snapshot_has_every_member_with_its_counts() -> None:
     supervisor = Stage().supervisor()
-    await supervisor.start(timeout_seconds=5)
+    await supervisor.start(timeout_seconds=30)
     snapshot = await supervisor.snapshot()
     assert sorted(member.spec.name for member in snapshot.members) == EVERYBODY
     assert {member.num_requests for member in snapshot.members} == {7}
@@ -171,7 +173,7 @@ async def test_a_snapshot_has_every_member_with_its_counts() -> None:
 async def test_the_deployment_goes_on_without_a_replica_and_ends_without_the_group() -> None:
     stage = Stage(dead={"expert-0-1"})
     supervisor = stage.supervisor()
-    await supervisor.start(timeout_seconds=5)
+    await supervisor.start(timeout_seconds=30)
     watching = asyncio.create_task(supervisor.watch(interval_seconds=0.01))
     await asyncio.sleep(0.05)
     assert not watching.done()
@@ -185,7 +187,7 @@ async def test_a_busy_actor_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("cluster.supervisor.ANSWER_TIMEOUT_SECONDS", 0.05)
     stage = Stage()
     supervisor = stage.supervisor()
-    await supervisor.start(timeout_seconds=5)
+    await supervisor.start(timeout_seconds=30)
     stage.busy.add("attention-0")
     states = {m.spec.name: m.state for m in (await supervisor.snapshot()).members}
     assert states["attention-0"] is MemberState.READY
@@ -194,7 +196,7 @@ async def test_a_busy_actor_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatc
 async def test_callers_stop_before_those_they_call_and_the_dead_are_passed_over() -> None:
     stage = Stage()
     supervisor = stage.supervisor()
-    await supervisor.start(timeout_seconds=5)
+    await supervisor.start(timeout_seconds=30)
     stage.log.clear()
     stage.dead.add("router-0")
     await supervisor.stop(grace_seconds=1)

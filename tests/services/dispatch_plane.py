@@ -91,7 +91,7 @@ class ScriptedExpert(expert_pb2_grpc.ExpertServicer):
             await server.stop(grace_seconds=0.0)
 
 
-async def until(reached: Callable[[], bool], timeout_seconds: float = 5.0) -> None:
+async def until(reached: Callable[[], bool], timeout_seconds: float = 30.0) -> None:
     async with asyncio.timeout(timeout_seconds):
         while not reached():  # noqa: ASYNC110 - what is waited for has no event of its own
             await asyncio.sleep(0.002)

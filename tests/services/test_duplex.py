@@ -48,7 +48,7 @@ async def connected_to(
         address, open_stream, opened=opened, receive=receive, broken=breaks.append
     )
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             yield link, breaks
     finally:
         await link.close()

@@ -68,7 +68,7 @@ class Deployment:
         return sum(pool.usage().sequences for pool in self.pools)
 
     async def freed(self) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while self.num_sequences:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 

@@ -225,8 +225,8 @@ async def test_a_request_that_is_ending_can_be_aborted_and_drained(deployment: D
             await may_end.wait()
 
     asked = AskedRequest(prompt=(5, 6, 7), request_id="mine")
-    ending = asyncio.create_task(gateway.generate(asked, 0.05, emit))
-    async with asyncio.timeout(5):
+    ending = asyncio.create_task(gateway.generate(asked, 0.5, emit))
+    async with asyncio.timeout(30):
         await unwinding.wait()
         gateway.abort("mine")
         draining = asyncio.create_task(gateway.drain(grace_s=0))

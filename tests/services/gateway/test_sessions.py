@@ -195,6 +195,6 @@ async def test_an_answer_that_cannot_be_recorded_does_not_end_in_final(
 
 
 async def idle(deployment: Deployment) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while deployment.gateway.gateway.num_active:  # noqa: ASYNC110
             await asyncio.sleep(0.005)

@@ -65,7 +65,7 @@ async def test_calls_under_way_on_a_killed_replica_go_to_another(
         pending = [await plane.experts.submit(call) for call in calls]
         await until(lambda: link.outstanding_pairs > 0)
         os.kill(process.pid, signal.SIGKILL)
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(5):
             sums = await asyncio.gather(*pending)
         for call, got in zip(calls, sums, strict=True):
             assert torch.equal(got, plane.expected(call))
@@ -103,7 +103,7 @@ async def test_the_last_replica_lost_fails_the_call_and_names_its_group(tmp_path
             await _assert_exact(plane)
         # It comes back at its address: the router finds it by itself.
         _, server = await start_replica(lost, range(4))
-        async with asyncio.timeout(5.0), server:
+        async with asyncio.timeout(30), server:
             await asyncio.gather(*(link.wait_connected() for link in plane.router.links))
             await _assert_exact(plane)
 
@@ -119,7 +119,7 @@ async def test_draining_a_replica_loses_no_call(tmp_path: Path) -> None:
                 num_crossings += 1
             return num_crossings
 
-        async with asyncio.timeout(10.0), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
             for _ in range(4):
                 tasks.create_task(cross())
             await asyncio.sleep(0.05)
