@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +71,41 @@ class Served:
         return Result(code, stdout, self._stderr.read())
 
 
-def wait_until_gone(pids: list[int], timeout_seconds: float = 10) -> None:
+def wait_until_gone(pids: list[int], timeout_seconds: float = 30) -> None:
     """Raises AssertionError if a process outlives the time."""
     deadline = time.monotonic() + timeout_seconds
     while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < deadline, f"processes {left} are still there"
         time.sleep(0.05)
+
+
+def process_tree(root: int) -> list[int]:
+    """The process and all that it started, directly or not."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue  # it has just ended
+            parents[int(entry.name)] = int(stat.rsplit(")", 1)[1].split()[1])
+    tree = [root]
+    for pid in tree:  # grows meanwhile
+        tree += [child for child, parent in parents.items() if parent == pid]
+    return tree
+
+
+def commands(pids: Sequence[int]) -> set[str]:
+    """The names of what these processes run; those that have ended are left out."""
+    names = set()
+    for pid in pids:
+        try:
+            # Some servers write one string over their arguments, with more behind the name.
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").split()
+        except OSError:
+            continue
+        names |= {Path(word.decode()).name for word in words[:1]}
+    return names
 
 
 @contextmanager

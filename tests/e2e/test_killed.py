@@ -15,7 +15,14 @@ import pytest
 from model1.checkpoint import save_checkpoint
 from protos import inference_pb2, inference_pb2_grpc
 from services import rpc
-from tests.e2e.command import Served, run_json, served, wait_until_gone
+from tests.e2e.command import (
+    Served,
+    commands,
+    process_tree,
+    run_json,
+    served,
+    wait_until_gone,
+)
 from tests.services import tiny_model
 from tests.soak.resident import run_resident
 from tests.soak.soak_model import CONFIG, SEED, soak_model
@@ -47,8 +54,8 @@ def test_sessions_go_on_after_every_process_was_killed(checkpoint: Path, tmp_pat
     with served(*flags) as deployment:
         _play(deployment, played, before, expected)
         _wait_until_flushed(deployment)
-        killed = _process_tree(deployment.process.pid)
-        assert _commands(killed) >= {"valkey-server", "raylet", "gcs_server"}
+        killed = process_tree(deployment.process.pid)
+        assert commands(killed) >= {"valkey-server", "raylet", "gcs_server"}
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
         deployment.process.wait()
@@ -145,28 +152,3 @@ def _wait_until_flushed(deployment: Served) -> None:
         stored = int(tiers["disk"]["blobs"])
         still = still + 1 if stored == seen and not waiting else 0
         seen = stored
-
-
-def _process_tree(root: int) -> list[int]:
-    """The process and all that it started, directly or not."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-            except OSError:
-                continue  # it has just ended
-            parents[int(entry.name)] = int(stat.rsplit(")", 1)[1].split()[1])
-    tree = [root]
-    for pid in tree:  # grows meanwhile
-        tree += [child for child, parent in parents.items() if parent == pid]
-    return tree
-
-
-def _commands(pids: Sequence[int]) -> set[str]:
-    names = set()
-    for pid in pids:
-        # Some servers write one string over their arguments, with more behind the name.
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").split()
-        names |= {Path(word.decode()).name for word in words[:1]}
-    return names

@@ -14,7 +14,18 @@ import pytest
 
 from protos import attention_pb2, attention_pb2_grpc, inference_pb2, inference_pb2_grpc
 from services import rpc
-from tests.e2e.command import MODEL1, ROOT, run, run_json, served, wait_until_gone
+from tests.e2e.command import (
+    MODEL1,
+    ROOT,
+    START_TIMEOUT_SECONDS,
+    STOP_TIMEOUT_SECONDS,
+    commands,
+    process_tree,
+    run,
+    run_json,
+    served,
+    wait_until_gone,
+)
 from tests.services import tiny_model
 
 pytestmark = pytest.mark.timeout(300)
@@ -74,10 +85,23 @@ def test_a_signal_during_the_start_stops_everything(tiny_checkpoint: Path) -> No
         text=True,
         cwd=ROOT,
     ) as process:
-        time.sleep(4)
-        process.send_signal(signal.SIGTERM)
-        stdout, stderr = process.communicate(timeout=60)
+        try:
+            started = _until_ray_starts(process)
+            process.send_signal(signal.SIGTERM)
+            stdout, stderr = process.communicate(timeout=STOP_TIMEOUT_SECONDS)
+        finally:
+            process.kill()
     assert (process.returncode, stdout, stderr) == (0, "", "")
+    wait_until_gone(started)
+
+
+def _until_ray_starts(process: "subprocess.Popen[str]") -> list[int]:
+    """The processes of the command when the first of Ray's is there, long before all are."""
+    give_up_at = time.monotonic() + START_TIMEOUT_SECONDS
+    while "gcs_server" not in commands(tree := process_tree(process.pid)):
+        assert process.poll() is None and time.monotonic() < give_up_at
+        time.sleep(0.02)
+    return tree
 
 
 @pytest.mark.slow
@@ -182,10 +206,10 @@ async def _live_sequences(address: str) -> int:
     """What the attention worker still holds, once it had a moment to let go."""
     async with rpc.channel(address) as channel:
         stub = attention_pb2_grpc.AttentionStub(channel)
-        for _ in range(50):
+        give_up_at = time.monotonic() + 30
+        while True:
             stats = await stub.Stats(attention_pb2.AttentionStatsRequest())
-            if live := stats.waiting_sequences + stats.running_sequences:
-                await asyncio.sleep(0.05)
-            else:
-                break
-    return int(live)
+            live = stats.waiting_sequences + stats.running_sequences
+            if not live or time.monotonic() > give_up_at:
+                return int(live)
+            await asyncio.sleep(0.05)

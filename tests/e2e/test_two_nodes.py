@@ -55,6 +55,7 @@ def test_a_session_goes_on_at_another_node(tiny_checkpoint: Path, ray_address: s
 
         first = turn(deployment, PROMPT, *SESSION)
         history = (*PROMPT, *first["token_ids"], 5)
+        wait_until_stored(deployment, "ram")
         [listed] = run_json("session", "list", "--endpoint", deployment.endpoint)["sessions"]
         assert listed["worker"] == "attention-0"
         kill(deployment, "attention-0")
@@ -78,7 +79,7 @@ def test_a_session_goes_on_from_redis_when_its_node_is_dead(
         with served(*flags) as deployment:
             first = turn(deployment, PROMPT, *SESSION)
             history = (*PROMPT, *first["token_ids"], 5)
-            wait_until_in_redis(deployment)
+            wait_until_stored(deployment, "cold")
             kill(deployment, "attention-0", "kvstore-0")
             is_refused_once(deployment)
             second = turn(deployment, (5,), *SESSION)
@@ -93,13 +94,13 @@ def test_a_session_goes_on_from_redis_when_its_node_is_dead(
         redis.stop()
 
 
-def wait_until_in_redis(deployment: Served) -> None:
-    """Two blocks, and what resuming after them needs."""
-    deadline = time.monotonic() + 20
+def wait_until_stored(deployment: Served, name: str) -> None:
+    """Two blocks, and what resuming after them needs, in some store's tier of that name."""
+    deadline = time.monotonic() + 60
     while True:
         stores = run_json("kv", "stat", "--endpoint", deployment.endpoint)["stores"]
         tiers = [tier for store in stores for tier in store["stat"]["tiers"]]
-        if sum(tier["stored_blobs"] for tier in tiers if tier["tier"] == "cold") >= 3:
+        if sum(tier["stored_blobs"] for tier in tiers if tier["tier"] == name) >= 3:
             return
         assert time.monotonic() < deadline, tiers
         time.sleep(0.2)
