@@ -172,20 +172,25 @@ def _copy_out(cold: ColdRecords, record: SessionRecord) -> None:
     version = 0 if there is None else there.version
     if version < record.head.version:
         data = record_to_wire(without_salt(record)).SerializeToString()
-        sealed = xxhash.xxh3_128_digest(data) + data
-        cold.put_record(name, sealed, version, record.head.version)
+        cold.put_record(name, _checksum(name, data) + data, version, record.head.version)
 
 
 def _copy_back(cold: ColdRecords, name: SessionName) -> SessionRecord | None:
-    there = cold.get_record(_cold_name(name))
+    cold_name = _cold_name(name)
+    there = cold.get_record(cold_name)
     if there is None:
         return None
     checksum, data = there.data[:CHECKSUM_BYTES], there.data[CHECKSUM_BYTES:]
-    if xxhash.xxh3_128_digest(data) != checksum:
+    if _checksum(cold_name, data) != checksum:
         log.warning("session_copy_damaged session_id=%r", name.session_id)
         return None
     record = record_from_wire(session_store_pb2.SessionRecord.FromString(data))
     return SessionRecord(replace(record.head, name=name), record.token_ids)
+
+
+def _checksum(cold_name: str, data: bytes) -> bytes:
+    """Of the name too: a record says nothing of its salt, and must not be taken for another's."""
+    return xxhash.xxh3_128_digest(cold_name.encode() + data)
 
 
 def _cold_name(name: SessionName) -> str:

@@ -18,8 +18,10 @@ from tests.services.session_store import session_store
 TEA = SessionName("tea", "my-secret")
 
 
-def record(version: int, token_ids: tuple[int, ...] = (5, 6, 7)) -> SessionRecord:
-    head = SessionHead(name=TEA, version=version, num_tokens=len(token_ids), worker="attention-0")
+def record(
+    version: int, token_ids: tuple[int, ...] = (5, 6, 7), *, name: SessionName = TEA
+) -> SessionRecord:
+    head = SessionHead(name=name, version=version, num_tokens=len(token_ids), worker="attention-0")
     return SessionRecord(head, token_ids)
 
 
@@ -86,6 +88,27 @@ async def test_a_copy_that_was_changed_is_not_given_out(
     async with session_store("kvstore-1", cold=cold) as row:
         await stores.update([row])
         assert await stores.load(TEA) is None
+
+
+async def test_a_copy_of_another_session_is_not_given_out(
+    stores: StoreSet, cold: ColdRecords
+) -> None:
+    mine, yours = SessionName("tea", "my-secret"), SessionName("tea", "your-secret")
+    async with session_store("kvstore-0", cold=cold) as row:
+        await stores.update([row])
+        await stores.save(record(1, (5,), name=mine), 0)
+        await copied(cold, 1)
+        [name_of_mine] = cold.names()
+        await stores.save(record(1, (6,), name=yours), 0)
+        await copied(cold, 2)
+    [name_of_yours] = set(cold.names()) - {name_of_mine}
+    swapped = cold.get_record(name_of_yours)
+    assert swapped is not None
+    assert cold.put_record(name_of_mine, swapped.data, 1, 2)
+    async with session_store("kvstore-1", cold=cold) as row:
+        await stores.update([row])
+        assert await stores.load(mine) is None
+        assert await stores.load(yours) == record(1, (6,), name=yours)
 
 
 async def test_an_older_copy_does_not_replace_a_newer_one(
