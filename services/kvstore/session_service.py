@@ -83,7 +83,7 @@ class SessionStoreService(session_store_pb2_grpc.SessionStoreServicer):
         await asyncio.gather(*self._background, return_exceptions=True)
         if self._cold is not None:
             for record in self._waiting.values():
-                await self._in_thread(self._cold_thread, partial(_copy_out, self._cold, record))
+                await self._copy_one(self._cold, record)
         self._disk_thread.shutdown()
         self._cold_thread.shutdown()
 
@@ -131,7 +131,10 @@ class SessionStoreService(session_store_pb2_grpc.SessionStoreServicer):
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            await self._in_thread(self._disk_thread, self._table.tick)
+            try:
+                await self._in_thread(self._disk_thread, self._table.tick)
+            except Exception:  # a bug; without the rim a disk that failed would never come back
+                log.exception("session_tick_failed")
 
     async def _copy(self, cold: ColdRecords) -> None:
         while True:
@@ -140,9 +143,15 @@ class SessionStoreService(session_store_pb2_grpc.SessionStoreServicer):
             while self._waiting:
                 name = next(iter(self._waiting))
                 record = self._waiting[name]
-                await self._in_thread(self._cold_thread, partial(_copy_out, cold, record))
+                await self._copy_one(cold, record)
                 if self._waiting.get(name) is record:
                     del self._waiting[name]
+
+    async def _copy_one(self, cold: ColdRecords, record: SessionRecord) -> None:
+        try:
+            await self._in_thread(self._cold_thread, partial(_copy_out, cold, record))
+        except Exception:  # a bug; the next copy is another matter
+            log.exception("session_copy_failed session_id=%r", record.head.name.session_id)
 
     async def _in_thread(self, thread: ThreadPoolExecutor, call: Callable[[], Answer]) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(thread, call)

@@ -9,7 +9,7 @@ import pytest
 from model1.errors import InvalidRequest
 from services.gateway.store import Store
 from services.gateway.stores import StoreSet
-from services.kvstore.cold_records import ColdRecords
+from services.kvstore.cold_records import ColdRecords, Record
 from services.kvstore.redis_link import RedisConfig, RedisLink
 from services.kvstore.valkey import EmbeddedValkey
 from services.session_record import SessionHead, SessionName, SessionRecord
@@ -145,3 +145,34 @@ async def test_a_record_that_contradicts_itself_is_refused(stores: StoreSet) -> 
         with pytest.raises(InvalidRequest, match="a record of 4 tokens has 2"):
             await store.put(SessionRecord(head, (5, 6)), 0)
         await store.close()
+
+
+class _FirstPutFails:
+    """Records in memory, of which the first cannot be put, for a reason nobody has thought of."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+        self._fails = True
+
+    def get_record(self, name: str) -> Record | None:
+        return self.records.get(name)
+
+    def put_record(self, name: str, data: bytes, expected_version: int, new_version: int) -> bool:
+        if self._fails:
+            self._fails = False
+            raise IndexError("pop from empty list")
+        self.records[name] = Record(new_version, data)
+        return True
+
+
+async def test_a_copy_that_fails_does_not_end_the_copying(stores: StoreSet) -> None:
+    cold = _FirstPutFails()
+    async with session_store("kvstore-0", cold=cold) as row:
+        await stores.update([row])
+        await stores.save(record(1), 0)
+        await stores.save(record(1, name=SessionName("other", "")), 0)
+        async with asyncio.timeout(5):
+            while len(cold.records) < 1:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await stores.save(record(2), 1)
+    assert [kept.version for kept in cold.records.values()] == [1, 2]
