@@ -76,12 +76,17 @@ class SessionRows:
         return 0 if row is None else int(row[0])
 
     def heads(self, cache_salt: str, max_heads: int) -> list[SessionHead]:
-        """The last used first."""
+        """The last used first. What is damaged is left out, and the others are found."""
         found = self._rows.execute(
-            "SELECT head FROM sessions WHERE salt = ? ORDER BY last_used DESC LIMIT ?",
+            "SELECT head, token_ids, checksum FROM sessions WHERE salt = ? "
+            "ORDER BY last_used DESC LIMIT ?",
             (_salt_key(cache_salt), max_heads),
-        ).fetchall()
-        return [_head(head, cache_salt) for (head,) in found]
+        )
+        return [
+            _head(head, cache_salt)
+            for head, token_ids, checksum in found
+            if _checksum(head, token_ids) == checksum
+        ]
 
     def write(self, record: SessionRecord) -> None:
         name = record.head.name

@@ -141,6 +141,18 @@ def test_a_damaged_record_is_never_given_out_and_can_be_written_over(tmp_path: P
         assert sessions_.get(TEA) == record(4)
 
 
+@pytest.mark.parametrize("head", [b"not a message", b""])
+def test_a_damaged_record_does_not_hide_the_others(head: bytes, tmp_path: Path) -> None:
+    with table(tmp_path) as sessions_:
+        sessions_.put(record(1), 0)
+        sessions_.put(record(1, name=SessionName("other", "")), 0)
+    with sqlite3.connect(tmp_path / FILE_NAME) as rows:
+        rows.execute("UPDATE sessions SET head = ? WHERE session_id = 'tea'", (head,))
+    rows.close()
+    with table(tmp_path) as sessions_:
+        assert [head.name.session_id for head in sessions_.heads("", 10)] == ["other"]
+
+
 def test_a_file_that_is_no_database_is_put_aside(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_bytes(b"not a database at all" * 1000)
     with table(tmp_path) as sessions_:
