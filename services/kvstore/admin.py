@@ -11,12 +11,14 @@ from collections.abc import AsyncGenerator, Sequence
 
 from services.kvstore.blob import Damaged, DamageReason, VerifyReport, check_blob, read_header
 from services.kvstore.leases import LeaseBook
-from services.kvstore.store import TieredStore
+from services.kvstore.store import PROMOTE_SECONDS, TieredStore
 from services.kvstore.threads import finished
 from services.kvstore.tier import KeptTier, NoRoom, Tier, TierUsage
 
 # Blobs that were written into a store and exist in its RAM alone.
 MAX_UNSAVED = 16
+# Blobs that are asked of the lower tiers at once, and then given out one by one.
+READ_TOGETHER = 16
 
 
 class TierIsOff(LookupError):
@@ -84,14 +86,17 @@ class Admin:
 
     async def read(self, keys: Sequence[bytes]) -> AsyncGenerator[memoryview]:
         """The sealed blobs, each valid until the next one is asked for; misses are left out."""
-        for key in keys:
-            found = await self._store.obtain(key)
-            if found is None:
-                continue
-            try:
-                yield self._store.ram.arena.view(found.resident.span)
-            finally:
-                self._store.ram.let_go(found.resident)
+        for start in range(0, len(keys), READ_TOGETHER):
+            some = keys[start : start + READ_TOGETHER]
+            await self._store.bring(some, PROMOTE_SECONDS)
+            for key in some:
+                found = await self._store.obtain(key)  # also what RAM had no room for
+                if found is None:
+                    continue
+                try:
+                    yield self._store.ram.arena.view(found.resident.span)
+                finally:
+                    self._store.ram.let_go(found.resident)
 
     async def write(self, blob: bytearray) -> bool:
         """Take in a sealed blob from outside; False if it was there already.

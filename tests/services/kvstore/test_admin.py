@@ -1,7 +1,9 @@
 """KvAdmin over gRPC: figures, pins, eviction, verification, blobs out of one store into another."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 
 import grpc
@@ -9,12 +11,20 @@ import pytest
 
 from protos import kvstore_pb2, kvstore_pb2_grpc
 from services import rpc
+from services.kvstore.admin import Admin
+from services.kvstore.arena import Arena
 from services.kvstore.client import KvClient
 from services.kvstore.disk import DiskConfig
+from services.kvstore.leases import LeaseBook
+from services.kvstore.lru import Lru
+from services.kvstore.pins import Pins
 from services.kvstore.server import KvStoreServer
-from services.kvstore.tier import Tier
+from services.kvstore.store import StoreLimits, TieredStore
+from services.kvstore.tier import Below, Tier
 from tests.services.kvstore.blobs import NBYTES, client_config, eventually, item_of, key_of, read
 from tests.services.kvstore.conftest import Connect, OpenStore, idle
+from tests.services.kvstore.gated_tier import GatedTier
+from tests.services.kvstore.sample_blobs import sample_blob, sample_key
 
 RAM, DISK = kvstore_pb2.KV_TIER_RAM, kvstore_pb2.KV_TIER_DISK
 
@@ -179,6 +189,37 @@ async def test_more_than_ram_holds_is_written_and_read(
     read_back = [part async for part in admin.Read(kvstore_pb2.KvReadRequest(keys=_keys(numbers)))]
     assert read_back == parts
     await client.close()
+
+
+async def test_blobs_of_a_slow_tier_are_read_together(tmp_path: Path) -> None:
+    tier = GatedTier()
+    store = TieredStore(
+        Arena.create(tmp_path / "ram.arena", 1 << 20),
+        Lru(),
+        Below(peers=tier),
+        Pins(time.time),
+        StoreLimits(),
+        clock=time.monotonic,
+    )
+    keys = [sample_key(number) for number in range(20)]
+    read: list[bytes] = []
+
+    async def read_all() -> None:
+        async with aclosing(Admin(store, LeaseBook(store.ram)).read(keys)) as blobs:
+            async for blob in blobs:
+                read.append(bytes(blob))
+
+    reading = asyncio.create_task(read_all())
+    while not reading.done():
+        for _, gate in tier.asked:
+            gate.set()
+        await asyncio.sleep(0)
+    await reading
+    assert read == [bytes(sample_blob(number)) for number in range(20)]
+    assert [len(asked) for asked, _ in tier.asked] == [16, 4]
+    await store.close()
+    store.check()
+    store.ram.arena.close()
 
 
 @pytest.mark.parametrize(

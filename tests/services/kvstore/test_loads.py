@@ -2,48 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from services.kvstore.arena import Arena
-from services.kvstore.blob import check_blob
 from services.kvstore.loads import Found, Loads
 from services.kvstore.lru import Lru
 from services.kvstore.ram import RamTier
 from services.kvstore.stats import TierStats
-from services.kvstore.tier import Loaded, Rooms, Tier
-from tests.services.kvstore.sample_blobs import sample_blob, sample_key
-
-
-class _GatedTier:
-    """Has every sample blob. `asked` is what it was asked for, each with a gate to its answer."""
-
-    tier = Tier.DISK
-    degraded = None
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Sequence[bytes], asyncio.Event]] = []
-
-    def has(self, key: bytes) -> bool:
-        return True
-
-    async def contains(self, keys: Sequence[bytes]) -> Sequence[bool]:
-        return [True] * len(keys)
-
-    async def load(self, keys: Sequence[bytes], rooms: Rooms) -> AsyncGenerator[Loaded]:
-        gate = asyncio.Event()
-        self.asked.append((keys, gate))
-        await gate.wait()
-        for key in keys:
-            blob = sample_blob(int.from_bytes(key, "big"))
-            room = await rooms.wait_for(key, len(blob))
-            room[:] = blob
-            yield key, check_blob(room, key)
-
-    async def drop(self, keys: Sequence[bytes]) -> int:
-        return 0
+from services.kvstore.tier import Tier
+from tests.services.kvstore.gated_tier import GatedTier
+from tests.services.kvstore.sample_blobs import sample_key
 
 
 @pytest.fixture
@@ -62,7 +33,7 @@ def ram(tmp_path: Path) -> Iterator[RamTier]:
 
 
 async def test_who_asks_for_what_others_gave_up_while_they_waited_gets_it(ram: RamTier) -> None:
-    tier = _GatedTier()
+    tier = GatedTier()
     loads = Loads(
         ram,
         [tier],
