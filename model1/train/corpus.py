@@ -5,7 +5,6 @@ is a list of text spans, of which some are answers that the text before them det
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -188,6 +187,3 @@ def fact_probe(seed: int) -> Probe:
     rng = _rng(Split.HELD_OUT, "fact-probe", seed)
     _, question, answer = _fact_pairs(rng)
     return Probe(f"Question: {question} Answer:", answer)
-
-
-PROBES: Final[dict[str, Callable[[int], Probe]]] = {"story": story_probe, "fact": fact_probe}
