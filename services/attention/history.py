@@ -5,6 +5,7 @@ it on the device. A tail is read when the sequence stands at a resume point, or 
 of its prompt or answer, where the next turn will go on. Knows nothing of where a prompt came from.
 """
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,7 +48,7 @@ class History:
         self._parts = parts
         self._num_named = 0
         self._stored: frozenset[int] = frozenset()
-        self._unsaved: list[int] = []  # complete blocks that the write-back has not taken yet
+        self._unsaved = deque[int]()  # complete blocks that the write-back has not taken yet
         self._last_tail: _LastTail | None = None
 
     def begin(self, num_shared: int, unsaved: Iterable[int], stored: Iterable[int]) -> None:
@@ -99,17 +100,16 @@ class History:
         self._save_blocks(handle)
 
     def _save_blocks(self, handle: KVHandle) -> None:
+        """As far as there is room: after a refusal the others would be refused, too."""
         write_back = self._parts.write_back
         if write_back is None:
             self._unsaved.clear()
-            return
-        self._unsaved = [
-            index
-            for index in self._unsaved
-            if not write_back.offer_body(
-                self.chain.body_keys[index], int(handle.blocks[index]), index
-            )
-        ]
+        while write_back is not None and self._unsaved:
+            index = self._unsaved[0]
+            block = int(handle.blocks[index])
+            if not write_back.offer_body(self.chain.body_keys[index], block, index):
+                break
+            self._unsaved.popleft()
 
     def _keep_tail(self, handle: KVHandle, boundary: int) -> None:
         slot = self._parts.tails.reserve()
