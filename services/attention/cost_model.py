@@ -10,7 +10,7 @@ from enum import IntEnum
 from services.attention.restore_plan import RestorePlan, cheapest_plan
 from services.kvstore.tier import Tier, TierCost
 
-# Smaller steps are decoding or leftovers: they say nothing of a prompt's cost.
+# Fewer are an end of a prompt, or its share of a step that decodes: they say nothing of its cost.
 MIN_MEASURED_TOKENS = 64
 # How much the newest step counts.
 _NEWEST = 0.2
@@ -48,7 +48,7 @@ class CostModel:
         self._seconds_per_token: float | None = None
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long."""
+        """A step that computed so many tokens of prompts took so long."""
         if num_tokens < MIN_MEASURED_TOKENS:
             return
         measured, before = seconds / num_tokens, self._seconds_per_token

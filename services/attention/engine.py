@@ -302,12 +302,12 @@ class Engine:
             self._end(live, live.ending or error)
 
     def _count(self, slices: list[Slice[RequestKv]], seconds: float) -> None:
-        batch_tokens = sum(piece.num_tokens for piece in slices)
-        self.observe_step(batch_tokens, seconds)
+        prompt_tokens = sum(piece.num_prompt_tokens for piece in slices)
+        self.observe_step(prompt_tokens, seconds)
         self._counters.stepped(
-            prompt_tokens=sum(piece.num_prompt_tokens for piece in slices),
+            prompt_tokens=prompt_tokens,
             completion_tokens=sum(piece.wants_token for piece in slices),
-            batch_tokens=batch_tokens,
+            batch_tokens=sum(piece.num_tokens for piece in slices),
         )
 
 

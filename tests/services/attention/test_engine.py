@@ -146,6 +146,18 @@ async def test_a_crowd_gets_the_tokens_that_each_would_get_alone() -> None:
     assert wait.p50 <= crossing.p50
 
 
+async def test_what_computing_takes_is_learnt_from_prompts_and_not_from_decoding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    async with running_engine(ControlledExperts()) as engine:
+        monkeypatch.setattr(engine, "observe_step", lambda tokens, seconds: seen.append(tokens))
+        await asyncio.gather(*(collect(engine, request(f"{n}", n, 9)) for n in (4, 40)))
+        counters = engine.stats().counters
+    assert sum(seen) == counters.prompt_tokens == 44
+    assert counters.completion_tokens > 9
+
+
 async def test_a_stop_token_is_the_last_token() -> None:
     greedy = oracle(request("a"))
     asked = GenerationRequest(
