@@ -55,7 +55,11 @@ class PoolCapacity:
                 f"at least {least} bytes, not {num_bytes}"
             )
         two = replace(smallest, max_tokens=2 * layout.block_tokens)
-        num_blocks = 1 + (num_bytes - least) // (two.num_bytes(layout) - least)
+        block_nbytes = two.num_bytes(layout) - least
+        if block_nbytes:
+            num_blocks = 1 + (num_bytes - least) // block_nbytes
+        else:  # layers with sliding windows only: the whole context of every sequence
+            num_blocks = max_sequences * -(-config.max_position_embeddings // layout.block_tokens)
         return replace(smallest, max_tokens=num_blocks * layout.block_tokens)
 
     def num_units(self, layout: KVLayout) -> dict[Unit, int]:

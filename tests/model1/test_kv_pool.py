@@ -404,3 +404,15 @@ def test_a_byte_budget_becomes_as_many_blocks_as_fit() -> None:
             assert least + more - pool.body_nbytes < pool.usage().num_bytes <= least + more
         with pytest.raises(ConfigError, match=f"at least {least} bytes, not {least - 1}"):
             within(least - 1, config, dtype)
+
+
+def test_where_tokens_take_no_bytes_every_sequence_may_have_the_whole_context() -> None:
+    config = replace(tiny_model.CONFIG, attention_kinds=(AttentionKind.SWA,) * 3)
+    least = KVPool(config, PoolCapacity(3, 128, 40)).usage().num_bytes
+    capacity = PoolCapacity.within(
+        least, config, torch.float32, max_sequences=3, max_step_tokens=40
+    )
+    pool = KVPool(config, capacity)
+    assert pool.usage().num_bytes == least
+    for _ in range(3):
+        pool.allocate(config.max_position_embeddings)
