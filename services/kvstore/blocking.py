@@ -214,12 +214,13 @@ class Cold:
 
     async def usage(self) -> TierUsage:
         counts = self._cold.counts
+        missing = {"part missing": counts.incomplete_blobs} if counts.incomplete_blobs else {}
         return TierUsage(
             num_blobs=self._cold.num_blobs,
             used_bytes=self._cold.used_bytes,
             max_bytes=self._config.max_bytes,
             evicted_blobs=counts.evicted_blobs,
-            failures=counts.failures,
+            failures={**counts.failures, **missing},
         )
 
     async def tick(self) -> None:
