@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
 
@@ -37,7 +37,7 @@ from services.kvstore.s3_fifo import S3Fifo
 from services.kvstore.session_service import SessionStoreService, session_service
 from services.kvstore.sessions import SessionTable
 from services.kvstore.store import TieredStore
-from services.kvstore.tier import Below
+from services.kvstore.tier import Below, KeptTier
 
 log = logging.getLogger(__name__)
 
@@ -165,8 +165,11 @@ class KvStoreServer:
             parts.callback(table.close)
             sessions = SessionStoreService(table, records)
             parts.push_async_callback(sessions.close)
-            ticking = asyncio.create_task(_tick(store, leases, config), name="kvstore tick")
-            parts.push_async_callback(_cancelled, ticking)
+            # A task each: a disk that hangs holds up neither the leases of the dead nor Redis.
+            tidying = partial(_tidy_up, Admin(store, leases), config.ttl_seconds)
+            for work in (tidying, *(partial(_look_after, store, tier) for tier in below.kept)):
+                ticking = asyncio.create_task(_tick(work, config.name), name="kvstore tick")
+                parts.push_async_callback(_cancelled, ticking)
             service = KvStoreService(store, leases)
             admin = KvAdminService(
                 store, leases, peers, name=config.name, ttl_seconds=config.ttl_seconds
@@ -225,21 +228,25 @@ def _new_arena(config: KvStoreConfig) -> Arena:
     return Arena.create(path, config.ram_bytes)
 
 
-async def _tick(store: TieredStore, leases: LeaseBook, config: KvStoreConfig) -> None:
+async def _tick(work: Callable[[], Awaitable[None]], store_name: str) -> None:
     """What nobody asks for and time demands."""
-    admin = Admin(store, leases)
     while True:
         await asyncio.sleep(TICK_SECONDS)
         try:
-            num_blobs, num_leases = admin.collect(config.ttl_seconds)
-            for tier in store.below.kept:
-                await tier.tick()
-                await store.measure(tier)
+            await work()
         except Exception:  # a bug; without the rim a degraded tier would never come back
-            log.exception("tick_failed store=%s", config.name)
-            continue
-        if num_blobs or num_leases:
-            log.info("collected blobs=%d leases_of_dead_workers=%d", num_blobs, num_leases)
+            log.exception("tick_failed store=%s", store_name)
+
+
+async def _tidy_up(admin: Admin, ttl_seconds: float | None) -> None:
+    num_blobs, num_leases = admin.collect(ttl_seconds)
+    if num_blobs or num_leases:
+        log.info("collected blobs=%d leases_of_dead_workers=%d", num_blobs, num_leases)
+
+
+async def _look_after(store: TieredStore, tier: KeptTier) -> None:
+    await tier.tick()
+    await store.measure(tier)
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

@@ -1,15 +1,24 @@
 """The tiers of one store together, through a worker's client, on a real arena and a real disk."""
 
 import asyncio
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
 from services.kvstore.admin import Admin
+from services.kvstore.disk import DiskConfig
 from services.kvstore.server import KvStoreServer
 from services.kvstore.tier import Tier
-from tests.services.kvstore.blobs import NBYTES, item_of, key_of, payload_of, read
+from tests.services.kvstore.blobs import (
+    NBYTES,
+    eventually,
+    item_of,
+    key_of,
+    payload_of,
+    read,
+)
 from tests.services.kvstore.conftest import Connect, OpenStore, idle
 
 
@@ -218,3 +227,30 @@ async def test_what_a_worker_reads_stays_as_it_is_while_the_store_stops(
         await server.stop(grace_seconds=0.1)
         go_on.set()
     assert payloads == [payload_of(0, large)]
+
+
+async def test_a_disk_that_hangs_does_not_keep_the_store_from_tidying_up(
+    open_store: OpenStore, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def fdatasync(_descriptor: int) -> None:
+        hangs.set()
+        assert goes_on.wait(20)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr("services.kvstore.server.TICK_SECONDS", 0.05)
+    disk = DiskConfig(tmp_path / "disk", 4 << 20, fsync_interval_seconds=0.05)
+    server = await open_store(disk=disk, ttl_seconds=1.0)
+    client = await connect(server)
+    await client.save([item_of(0)])
+    assert await asyncio.to_thread(hangs.wait, 10)
+    assert key_of(0) in server.store.ram
+
+    async def left_ram() -> bool:
+        return key_of(0) not in server.store.ram
+
+    try:
+        await eventually(left_ram, timeout_s=5)
+    finally:
+        goes_on.set()
