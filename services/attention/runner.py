@@ -1,4 +1,4 @@
-"""One step's arithmetic: slices in, drawn tokens out. The only file of the worker with tensors.
+"""One step's arithmetic: slices in, drawn tokens out.
 
 Drives the trunk's forward pass and awaits the routed experts at each layer, wherever they run.
 Knows neither queues nor streams.
