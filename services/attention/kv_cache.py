@@ -184,8 +184,12 @@ class KvCache:
     def _spawn(self, work: Coroutine[object, object, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._work_ended)
         return task
+
+    def _work_ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        self._on_change()
 
     async def _forget_idle(self) -> None:
         while True:

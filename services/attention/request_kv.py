@@ -104,6 +104,8 @@ class RequestKv:
 
     @property
     def is_loading(self) -> bool:
+        if self._work is not None and self._work.done():
+            self._work.result()  # raises: a bug of ours, which is the engine's to end with
         return self._work is not None
 
     @property
@@ -155,7 +157,8 @@ class RequestKv:
             await self._restore.locate(len(blocks))
         except Exception:
             log.exception("kv_lookup_failed request_id=%s", self._request.request_id)
-        self._work_ended()
+        if not self._has_ended:
+            self._work = None
 
     async def _load(self) -> None:
         blocks, pool = self.handle.blocks.tolist(), self._pool
@@ -168,12 +171,7 @@ class RequestKv:
             plan = self._restore.give_up()
         if not self._has_ended:
             self._begin(plan)
-        self._work_ended()
-
-    def _work_ended(self) -> None:
-        if not self._has_ended:
             self._work = None
-        self._parts.on_change()
 
     def _begin(self, plan: RestorePlan) -> None:
         """Everything that the plan loads is in place: go."""

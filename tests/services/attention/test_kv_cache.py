@@ -10,6 +10,7 @@ import pytest
 
 from services.attention.cost_model import Source
 from services.attention.kv_cache import KvCacheConfig
+from services.errors import Draining
 from services.generation import KvUsage
 from services.kvstore.tier import Tier, TierCost
 from tests.services import tiny_model
@@ -201,6 +202,25 @@ async def test_a_store_that_raises_costs_the_computing(
         await worker.written_back()
     told = "write_back_failed" if when == "save" else "kv_"
     assert any(record.message.startswith(told) for record in caplog.records)
+
+
+async def test_a_bug_behind_a_load_ends_the_engine_and_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompt = prompt_of(700)
+    worker = Worker(store=await filled_store(prompt))
+
+    def boom(*_: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(worker.pool, "write_tail", boom)
+    running = asyncio.create_task(worker.engine.run())
+    async with asyncio.timeout(10):
+        with pytest.raises(Draining):
+            await worker.ask(prompt)
+        with pytest.raises(ExceptionGroup) as raised:
+            await running
+    assert raised.group_contains(RuntimeError, match="boom")
 
 
 @pytest.mark.parametrize("opens", ["while it decodes", "after the end"])
