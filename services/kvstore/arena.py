@@ -136,11 +136,6 @@ class Arena:
         with self._lock:
             return self._spans.used_bytes
 
-    @property
-    def largest_free_bytes(self) -> int:
-        with self._lock:
-            return self._spans.largest_free_bytes
-
     def allocate(self, length: int) -> Span | None:
         """Room for `length` bytes, aligned to 64, or None: evict and ask again."""
         with self._lock:

@@ -52,12 +52,6 @@ class ColdRecords:
         except RedisDown:
             return False
 
-    def delete_record(self, name: str) -> bool:
-        try:
-            return bool(self._link.call("UNLINK", _key(name), writes=False))
-        except RedisDown:
-            return False
-
     def names(self) -> list[str]:
         """Of every record; goes through all keys of the server."""
         try:

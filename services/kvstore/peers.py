@@ -31,10 +31,6 @@ class Peers:
         self._seen_at: OrderedDict[bytes, str] = OrderedDict()
 
     @property
-    def addresses(self) -> list[str]:
-        return list(self._links)
-
-    @property
     def degraded(self) -> str | None:
         away = [link.address for link in self._links.values() if not link.connected]
         return f"not connected: {', '.join(sorted(away))}" if away else None
