@@ -109,7 +109,10 @@ class SessionStoreService(session_store_pb2_grpc.SessionStoreServicer):
                 record = record_from_wire(request.record)
             except ValueError as error:
                 raise InvalidRequest(str(error)) from error
-            put = partial(self._table.put, record, request.expected_version)
+            version, expected_version = record.head.version, request.expected_version
+            if version <= expected_version:
+                raise InvalidRequest(f"version {version} cannot follow {expected_version}")
+            put = partial(self._table.put, record, expected_version)
             accepted, version = await self._in_thread(self._disk_thread, put)
         if accepted and self._cold is not None:
             self._waiting[record.head.name] = record

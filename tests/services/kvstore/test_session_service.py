@@ -176,3 +176,11 @@ async def test_a_copy_that_fails_does_not_end_the_copying(stores: StoreSet) -> N
                 await asyncio.sleep(0.01)
         await stores.save(record(2), 1)
     assert [kept.version for kept in cold.records.values()] == [1, 2]
+
+
+async def test_a_version_that_does_not_follow_is_refused(stores: StoreSet) -> None:
+    async with session_store("kvstore-0") as row:
+        store = Store(row)
+        with pytest.raises(InvalidRequest, match="version 2 cannot follow 2"):
+            await store.put(record(2), 2)
+        await store.close()
