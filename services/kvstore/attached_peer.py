@@ -56,9 +56,14 @@ class AttachedPeer:
         await self.outbox.put(kvstore_pb2.PeerResponse(call_id=call_id, presence=presence))
 
     async def _send(self, call_id: int, keys: list[bytes]) -> None:
+        asked_s = asyncio.get_running_loop().time()
         async with self._fetch_slots:
-            # Only what is here: two stores that ask each other must come to an end.
-            here = [index for index, key in enumerate(keys) if self._store.holds(key)]
+            # Only what is here: two stores that ask each other must come to an end. And nothing
+            # that waited for so long that nobody wants it any more: behind a disk that hangs,
+            # questions would pile up, and be answered all when it works again.
+            waited_seconds = asyncio.get_running_loop().time() - asked_s
+            is_wanted = waited_seconds < LOAD_TIMEOUT_SECONDS
+            here = [i for i, key in enumerate(keys) if is_wanted and self._store.holds(key)]
             ready: asyncio.Queue[tuple[int, Found | None]] = asyncio.Queue()
             loading = asyncio.create_task(
                 self._store.acquire(
