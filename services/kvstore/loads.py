@@ -125,8 +125,6 @@ class Loads:
                         wanted = await self._load_from(lower, wanted, identity)
         except NoRoom:
             self.num_without_room += 1
-        except Exception:  # a bug; those who wait must not wait for ever
-            log.exception("load_failed blobs=%d", len(load))
         finally:
             for key, waiters in load.items():
                 if self._waiters.get(key) is waiters:  # not settled, nor asked for again since
@@ -156,6 +154,10 @@ class Loads:
                     elif isinstance(outcome, Damaged):
                         stats.damaged[outcome.reason] += 1
                         damaged.append(key)
+        except NoRoom:
+            raise
+        except Exception:  # a bug of the tier; the next one may have what is left
+            log.exception("load_failed tier=%s blobs=%d", lower.tier.name, len(left))
         finally:
             rooms.close()
             stats.end(self._clock(), num_missed=len(left))

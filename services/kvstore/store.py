@@ -87,9 +87,12 @@ class TieredStore:
         unknown = [keys[index] for index in indexes]
 
         async def ask(lower: LowerTier) -> None:
-            for index, has_it in zip(indexes, await lower.contains(unknown), strict=True):
-                if has_it:
-                    found[index] = min(found[index] or lower.tier, lower.tier)
+            try:
+                for index, has_it in zip(indexes, await lower.contains(unknown), strict=True):
+                    if has_it:
+                        found[index] = min(found[index] or lower.tier, lower.tier)
+            except Exception:  # a bug of the tier; without an answer the worker would give us up
+                log.exception("locate_failed tier=%s keys=%d", lower.tier.name, len(unknown))
 
         try:
             async with asyncio.timeout(timeout_seconds), asyncio.TaskGroup() as tasks:
