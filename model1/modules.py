@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model1.config import AttentionKind, ModelConfig
-from model1.numerics import pack
+from model1.numerics import PackedMatrix, pack
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -45,9 +45,10 @@ def _stack(
     return whole, [Weight(part) for part in whole.split(list(rows))]
 
 
-def _replace(module: nn.Module, parameter: str, matrix: Tensor | tuple[Tensor, ...]) -> None:
-    delattr(module, parameter)
-    setattr(module, parameter, matrix)
+def _replace(module: nn.Module, name: str, matrix: PackedMatrix | tuple[PackedMatrix, ...]) -> None:
+    """`name` is declared as the plain tensor that it was; from now on it is for `linear` only."""
+    delattr(module, name)
+    setattr(module, name, matrix)
 
 
 def packed(module: Module) -> Module:
@@ -87,7 +88,7 @@ class CompressorWeights(nn.Module):
         self.norm = Weight(torch.empty(head_dim, dtype=f32, device=device))
 
     def pack(self) -> None:
-        self.wkv_gate = pack(self.wkv_gate)
+        _replace(self, "wkv_gate", pack(self.wkv_gate))
         del self.wkv, self.wgate
 
 
@@ -144,8 +145,8 @@ class AttentionWeights(nn.Module):
             self.compressor = CompressorWeights(hidden, dim, dim, config.hca_ratio, device)
 
     def pack(self) -> None:
-        self.latents = pack(self.latents)
-        self.wo_a_of_group = tuple(pack(block) for block in self.wo_a_of_group)
+        _replace(self, "latents", pack(self.latents))
+        _replace(self, "wo_a_of_group", tuple(pack(block) for block in self.wo_a_of_group))
         del self.wq_a, self.wkv, self.wo_a
 
 
@@ -181,7 +182,7 @@ class SharedExpertWeights(nn.Module):
         self.w2 = Matrix(torch.empty(hidden, width, dtype=dtype, device=device))
 
     def pack(self) -> None:
-        self.w13 = pack(self.w13)
+        _replace(self, "w13", pack(self.w13))
         del self.w1, self.w3
 
 

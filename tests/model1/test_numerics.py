@@ -14,7 +14,17 @@ from model1.config import ModelConfig
 from model1.hyper_connection import collapse, mix, read, write
 from model1.modules import GateWeights
 from model1.moe import route
-from model1.numerics import bmm, linear, pack, rms_norm, sigmoid, silu, softplus, swiglu
+from model1.numerics import (
+    HalfMatrix,
+    bmm,
+    linear,
+    pack,
+    rms_norm,
+    sigmoid,
+    silu,
+    softplus,
+    swiglu,
+)
 from model1.rope import Rotation, rotate_
 from tests.services import tiny_model
 
@@ -63,6 +73,44 @@ def test_a_row_of_linear_does_not_depend_on_its_batch(
     exact = x.double() @ plain.double().T
     tolerance = 1e-5 if dtype is F32 else 1e-2
     assert (linear(x, weight) - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("shape", (*MATRICES, (1000, 512), (50, 7168)), ids=str)
+def test_a_row_of_a_product_in_half_the_memory_does_not_depend_on_its_batch(
+    shape: tuple[int, int],
+) -> None:
+    n, k = shape
+    x, plain = _draw(ROWS, k), _draw(n, k, dtype=BF16).float() * 0.02
+    plain = plain.bfloat16().float()
+    weight = pack(plain)
+    assert isinstance(weight, HalfMatrix)
+    _assert_row_invariant(lambda rows: linear(rows, weight), x)
+    assert linear(x[:0], weight).shape == (0, n)
+    exact = x.double() @ plain.double().T
+    assert (linear(x, weight) - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("exponent", (-15, -3, 0, 9, 15))
+def test_a_float32_weight_that_float16_holds_at_some_scale_loses_nothing(exponent: int) -> None:
+    plain = torch.tensor([[1.0, -(2.0**-20)], [2.0**-29, 0.0]]) * 2.0**exponent
+    weight = pack(plain)
+    assert isinstance(weight, HalfMatrix)
+    assert torch.equal(linear(torch.eye(2), weight), plain.T)
+
+
+@pytest.mark.parametrize(
+    "values",
+    ((1.0, 2.0**-41), (1.0 + 2.0**-11, 1.0), (0.0, 0.0), (1.0, torch.inf), (2.0**-20, 2.0**20)),
+    ids=str,
+)
+def test_a_float32_weight_that_float16_does_not_hold_stays_float32(
+    values: tuple[float, float],
+) -> None:
+    plain = torch.tensor([values])
+    weight = pack(plain)
+    assert isinstance(weight, torch.Tensor)
+    if plain.isfinite().all():
+        assert torch.equal(linear(torch.eye(2), weight), plain.T)
 
 
 @pytest.mark.parametrize("shape", MATRICES, ids=str)
