@@ -17,7 +17,7 @@ from services.kvstore.blob import Damaged, read_header
 from services.kvstore.leases import Holder, LeaseBook
 from services.kvstore.loads import Found, Identity
 from services.kvstore.ram import Reservation, Resident
-from services.kvstore.store import TieredStore
+from services.kvstore.store import BLOBS_PER_BREATH, TieredStore
 from services.kvstore.tier import Tier
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ TIER_TO_WIRE = {
 }
 MAX_KEYS_PER_CALL = 65_536
 # Grants that are ready at the same moment travel together.
-MAX_GRANTS_PER_MESSAGE = 64
+MAX_GRANTS_PER_MESSAGE = BLOBS_PER_BREATH
 
 
 class AttachedWorker:

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 # What nobody waits for is given up after so long.
 PROMOTE_SECONDS = 60.0
+# Handed out from RAM before the loop goes on: the worker copies the first while the store looks up
+# the next.
+BLOBS_PER_BREATH = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +119,8 @@ class TieredStore:
         """
         missing: dict[int, bytes] = {}
         for index, key in enumerate(keys):
+            if index and index % BLOBS_PER_BREATH == 0:
+                await asyncio.sleep(0)
             if (resident := self._use(key)) is not None:
                 deliver(index, Found(resident, Tier.RAM))
             else:
