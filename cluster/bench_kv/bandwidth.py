@@ -22,6 +22,7 @@ import xxhash
 from cluster.bench_kv.rig import MAX_STEP_TOKENS, Rig, tell
 from model1.kv_capacity import PoolCapacity
 from model1.kv_pool import KVPool
+from services.attention.kv_cache import KvCacheConfig
 from services.kvstore.blob import HEADER_BYTES, BlobHeader, BlobKind, seal_into
 from services.kvstore.client import KvClient, SaveItem
 from services.kvstore.cold import PART_BYTES, ColdTier
@@ -30,8 +31,6 @@ from services.kvstore.redis_link import RedisConfig, RedisLink
 from services.kvstore.tier import Tier
 from services.kvstore.valkey import EmbeddedValkey
 
-NUM_BODIES = 64  # 8K tokens
-NUM_TAILS = 8
 _DEADLINE_SECONDS = 60.0
 
 Turn = Callable[[], Awaitable[object]]
@@ -50,27 +49,67 @@ class Bandwidth:
 
 @dataclass(frozen=True, slots=True)
 class Bandwidths:
+    """Of all blobs of a history."""
+
+    history_tokens: int
     blob_bytes: int
     num_blobs: int
     checksum_bytes_per_second: float
     tiers: tuple[Bandwidth, ...]
 
 
-async def measure_bandwidth(rig: Rig, folder: Path, repeats: int) -> Bandwidths:
-    pool = rig.pool(PoolCapacity(1, NUM_BODIES * 128, MAX_STEP_TOKENS))
-    sizes = [pool.body_nbytes] * NUM_BODIES + [pool.tail_nbytes] * NUM_TAILS
+@dataclass(frozen=True, slots=True)
+class _Blobs:
+    """What is moved: bodies, then tails."""
+
+    num_bodies: int
+    payloads: Sequence[memoryview]
+
+    def kind(self, number: int) -> BlobKind:
+        return BlobKind.BODY if number < self.num_bodies else BlobKind.TAIL
+
+    def key(self, number: int) -> bytes:
+        return self.num_bodies.to_bytes(16, "big") + number.to_bytes(16, "big")
+
+    def sealed(self) -> list[bytearray]:
+        return [self._sealed(number) for number in range(len(self.payloads))]
+
+    def _sealed(self, number: int) -> bytearray:
+        payload = self.payloads[number]
+        header = BlobHeader(
+            kind=self.kind(number),
+            key=self.key(number),
+            model_digest=bytes(16),
+            layout_digest=bytes(16),
+            start=0,
+            end=128,
+            payload_nbytes=len(payload),
+        )
+        blob = bytearray(HEADER_BYTES + len(payload))
+        seal_into(memoryview(blob), header, _filler(payload))
+        return blob
+
+
+async def measure_bandwidth(
+    rig: Rig, folder: Path, history_tokens: int, repeats: int
+) -> Bandwidths:
+    pool = rig.pool(PoolCapacity(1, history_tokens, MAX_STEP_TOKENS))
+    num_bodies = history_tokens // pool.layout.block_tokens
+    sizes = [pool.body_nbytes] * num_bodies
+    sizes += [pool.tail_nbytes] * (num_bodies // KvCacheConfig().resume_every_blocks)
     draw = np.random.default_rng(0)
-    payloads = [memoryview(draw.bytes(size)) for size in sizes]
+    blobs = _Blobs(num_bodies, [memoryview(draw.bytes(size)) for size in sizes])
     total = sum(sizes)
-    checksum = total / await _median(repeats * 3, _async(lambda: _checksums(payloads)))
-    tell("bandwidth of RAM")
+    checksum = total / await _median(repeats * 3, _async(lambda: _checksums(blobs.payloads)))
+    tell(f"bandwidth of RAM, {history_tokens} tokens")
     async with rig.client(pool.layout_digest) as client:
-        ram = await _ram(client, pool, payloads, repeats * 5)
-    tell("bandwidth of the disk")
-    disk = await _disk(folder, payloads, repeats)
-    tell("bandwidth of Redis")
-    cold = await _cold(folder, payloads, repeats)
+        ram = await _ram(client, pool, blobs, repeats * 5)
+    tell(f"bandwidth of the disk, {history_tokens} tokens")
+    disk = await _disk(folder, blobs, repeats)
+    tell(f"bandwidth of Redis, {history_tokens} tokens")
+    cold = await _cold(folder, blobs, repeats)
     return Bandwidths(
+        history_tokens=history_tokens,
         blob_bytes=total,
         num_blobs=len(sizes),
         checksum_bytes_per_second=checksum,
@@ -87,29 +126,21 @@ async def measure_bandwidth(rig: Rig, folder: Path, repeats: int) -> Bandwidths:
     )
 
 
-async def _ram(
-    client: KvClient, pool: KVPool, payloads: Sequence[memoryview], repeats: int
-) -> tuple[float, float]:
-    keys = [bytes([1]) * 28 + number.to_bytes(4, "big") for number in range(len(payloads))]
-
-    def filler(payload: memoryview) -> Callable[[memoryview], None]:
-        def fill(out: memoryview) -> None:
-            out[:] = payload
-
-        return fill
-
+async def _ram(client: KvClient, pool: KVPool, blobs: _Blobs, repeats: int) -> tuple[float, float]:
+    payloads, num_bodies = blobs.payloads, blobs.num_bodies
+    keys = [blobs.key(number) for number in range(len(payloads))]
     await client.save(
         [
-            SaveItem(key, _kind(number), 0, 128, len(payload), filler(payload))
+            SaveItem(key, blobs.kind(number), 0, 128, len(payload), _filler(payload))
             for number, (key, payload) in enumerate(zip(keys, payloads, strict=True))
         ]
     )
-    handle = pool.allocate(NUM_BODIES * 128)
+    handle = pool.allocate(num_bodies * pool.layout.block_tokens)
     tail = np.empty(pool.tail_nbytes, np.uint8)
     targets = [np.empty(len(payload), np.uint8) for payload in payloads]
 
     def consume(index: int, payload: memoryview) -> None:
-        if index < NUM_BODIES:
+        if index < num_bodies:
             pool.write_body(int(handle.blocks[index]), payload)
         else:
             tail[:] = payload
@@ -127,21 +158,21 @@ async def _ram(
     return await _taking_turns(repeats, ours, _async(copy))
 
 
-async def _disk(folder: Path, payloads: Sequence[memoryview], repeats: int) -> tuple[float, float]:
-    blobs = [_sealed(number, payload) for number, payload in enumerate(payloads)]
+async def _disk(folder: Path, blobs: _Blobs, repeats: int) -> tuple[float, float]:
+    sealed = blobs.sealed()
     plain_file = folder / "plain"
-    plain_file.write_bytes(b"".join(blobs))
-    buffers = [memoryview(bytearray(len(blob))) for blob in blobs]
-    directory = folder / "bandwidth"
-    tier = DiskTier(DiskConfig(directory, 4 * sum(map(len, blobs))))
+    plain_file.write_bytes(b"".join(sealed))
+    buffers = [memoryview(bytearray(len(blob))) for blob in sealed]
+    directory = folder / f"bandwidth-{blobs.num_bodies}"
+    tier = DiskTier(DiskConfig(directory, 4 * sum(map(len, sealed))))
     try:
-        for number, blob in enumerate(blobs):
-            tier.put(_key(number), memoryview(blob))
+        for number, blob in enumerate(sealed):
+            tier.put(blobs.key(number), memoryview(blob))
         tier.flush()
 
         def ours() -> None:
             for number, buffer in enumerate(buffers):
-                assert tier.get_into(_key(number), buffer) is not None
+                assert tier.get_into(blobs.key(number), buffer) is not None
 
         def plain() -> None:
             descriptor = os.open(plain_file, os.O_RDONLY)
@@ -159,28 +190,28 @@ async def _disk(folder: Path, payloads: Sequence[memoryview], repeats: int) -> t
         tier.close()
 
 
-async def _cold(folder: Path, payloads: Sequence[memoryview], repeats: int) -> tuple[float, float]:
-    blobs = [_sealed(number, payload) for number, payload in enumerate(payloads)]
+async def _cold(folder: Path, blobs: _Blobs, repeats: int) -> tuple[float, float]:
+    sealed = blobs.sealed()
     parts = [
         blob[start : start + PART_BYTES]
-        for blob in blobs
+        for blob in sealed
         for start in range(0, len(blob), PART_BYTES)
     ]
-    largest = memoryview(bytearray(max(map(len, blobs))))
-    total = sum(map(len, blobs))
-    server = EmbeddedValkey(folder / "bandwidth-valkey", max_bytes=8 * total)
+    largest = memoryview(bytearray(max(map(len, sealed))))
+    total = sum(map(len, sealed))
+    server = EmbeddedValkey(folder / f"bandwidth-valkey-{blobs.num_bodies}", max_bytes=8 * total)
     link = RedisLink(RedisConfig(server.url, server.password))
     raw = redis.Redis(host=server.host, port=server.port, password=server.password)
     try:
         tier = ColdTier(link, max_bytes=4 * total, ttl_seconds=3600.0)
-        for number, blob in enumerate(blobs):
-            assert tier.put(_key(number), memoryview(blob))
+        for number, blob in enumerate(sealed):
+            assert tier.put(blobs.key(number), memoryview(blob))
         for number, part in enumerate(parts):
             raw.set(f"plain:{number}", bytes(part))
 
         def ours() -> None:
-            for number in range(len(blobs)):
-                assert tier.get_into(_key(number), lambda nbytes: largest[:nbytes]) is not None
+            for number in range(len(sealed)):
+                assert tier.get_into(blobs.key(number), lambda nbytes: largest[:nbytes]) is not None
 
         def plain() -> None:
             for number in range(len(parts)):
@@ -238,28 +269,8 @@ def _drop_page_cache(files: Sequence[Path]) -> None:
             os.close(descriptor)
 
 
-def _key(number: int) -> bytes:
-    return bytes([2]) * 28 + number.to_bytes(4, "big")
-
-
-def _kind(number: int) -> BlobKind:
-    return BlobKind.BODY if number < NUM_BODIES else BlobKind.TAIL
-
-
-def _sealed(number: int, payload: memoryview) -> bytearray:
-    header = BlobHeader(
-        kind=_kind(number),
-        key=_key(number),
-        model_digest=bytes(16),
-        layout_digest=bytes(16),
-        start=0,
-        end=128,
-        payload_nbytes=len(payload),
-    )
-    blob = bytearray(HEADER_BYTES + len(payload))
-
+def _filler(payload: memoryview) -> Callable[[memoryview], None]:
     def fill(out: memoryview) -> None:
         out[:] = payload
 
-    seal_into(memoryview(blob), header, fill)
-    return blob
+    return fill

@@ -32,6 +32,7 @@ class Scale:
     load: Load = field(default_factory=Load)
     savings: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192)
+    bandwidth_lengths: tuple[int, ...] = (8192, 32768)
     repeats: int = 3
     requests: int = 40
 
@@ -40,6 +41,7 @@ QUICK = Scale(
     load=Load(sessions=4, history_tokens=512, turns=1),
     savings=(0.4,),
     lengths=(128, 512),
+    bandwidth_lengths=(2048,),
     repeats=1,
     requests=4,
 )
@@ -79,7 +81,10 @@ async def _measure(
         store = await opened.enter_async_context(bench_store(settings))
         rig = Rig(directory, store)
         if "bandwidth" in parts:
-            found["bandwidths"] = await measure_bandwidth(rig, folder, scale.repeats + 2)
+            found["bandwidths"] = [
+                await measure_bandwidth(rig, folder, length, scale.repeats + 2)
+                for length in scale.bandwidth_lengths
+            ]
         if "no-reuse" in parts:
             found["no_reuse"] = await measure_no_reuse(rig, scale.requests)
         if "resume" in parts:

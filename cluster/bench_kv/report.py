@@ -19,7 +19,7 @@ class Report:
     load: Load
     budgets: Sequence[Budget] = ()
     resumed: Sequence[Resumed] = ()
-    bandwidths: Bandwidths | None = None
+    bandwidths: Sequence[Bandwidths] = ()
     no_reuse: NoReuse | None = None
 
     @property
@@ -40,8 +40,8 @@ def print_tables(report: Report) -> None:
         _print_budgets(report.budgets, report.load)
     if report.resumed:
         _print_resumed(report)
-    if report.bandwidths is not None:
-        _print_bandwidths(report.bandwidths)
+    for each in report.bandwidths:
+        _print_bandwidths(each)
     if report.no_reuse is not None:
         _print_no_reuse(report.no_reuse)
 
@@ -91,8 +91,9 @@ def _print_resumed(report: Report) -> None:
 
 def _print_bandwidths(found: Bandwidths) -> None:
     print(
-        f"\n{found.num_blobs} blobs, {found.blob_bytes / 2**20:.1f} MiB; the checksum alone runs "
-        f"at {found.checksum_bytes_per_second / 1e9:.1f} GB/s a core"
+        f"\n{found.history_tokens} tokens of history in {found.num_blobs} blobs, "
+        f"{found.blob_bytes / 2**20:.1f} MiB; the checksum alone runs at "
+        f"{found.checksum_bytes_per_second / 1e9:.1f} GB/s a core"
     )
     print(
         text_table(
