@@ -1,5 +1,6 @@
 """`model1 session`: what a gateway says of conversations, and what it is told to do with them."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ from google.protobuf.message import Message
 from cluster.client import connected, named_failures
 from cluster.output import text_table
 from cluster.plain import as_json
-from cluster.session_file import new_session_file, read_session
+from cluster.session_file import SessionFileError, new_session_file, read_session
 from protos import sessions_pb2, sessions_pb2_grpc
 
 HEADER = ("session", "tokens", "version", "last used", "pinned", "worker", "state")
@@ -89,7 +90,14 @@ class SessionCommand:
 
     async def import_from(self, session_id: str, file: Path) -> None:
         async with self._stub() as stub:
-            answer = await stub.Import(_requests(self._name(session_id), read_session(file)))
+            unread: list[SessionFileError] = []
+            parts = _noted(read_session(file), unread)
+            try:
+                answer = await stub.Import(_requests(self._name(session_id), parts))
+            except asyncio.CancelledError:
+                if unread:  # gRPC gives a call up when its parts fail, and does not tell why
+                    raise unread[0] from None
+                raise
         self._print(
             answer,
             lambda: (
@@ -109,6 +117,17 @@ class SessionCommand:
 
     def _print(self, answer: Message, as_text: Callable[[], str]) -> None:
         print(as_json(answer) if self.as_json else as_text())
+
+
+def _noted(
+    parts: Iterator[sessions_pb2.ExportSessionResponse], unread: list[SessionFileError]
+) -> Iterator[sessions_pb2.ExportSessionResponse]:
+    """The same parts; why there are no more of them is in `unread` as well."""
+    try:
+        yield from parts
+    except SessionFileError as error:
+        unread.append(error)
+        raise
 
 
 def _requests(
