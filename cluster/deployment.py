@@ -48,8 +48,8 @@ def prepared(settings: Settings) -> Iterator[Site]:
 
 @asynccontextmanager
 async def deployed(site: Site) -> AsyncIterator[Deployment]:
-    """Raises `DeploymentError` if a role fails to start. On the way out the requests under way get
-    the drain time to finish."""
+    """Raises `DeploymentError` if a role fails to start. On the way out, also of a start that was
+    interrupted, the requests under way get the drain time to finish."""
     from cluster.actors import SupervisorHandle  # imports Ray, which takes half a second
 
     topology = plan_topology(
@@ -59,8 +59,7 @@ async def deployed(site: Site) -> AsyncIterator[Deployment]:
         with_kv_stores=site.settings.kv.enabled,
     )
     supervisor = SupervisorHandle.create(topology, site.settings, site.nodes)
-    endpoint = await supervisor.start()
     try:
-        yield Deployment(endpoint, supervisor)
+        yield Deployment(await supervisor.start(), supervisor)
     finally:
         await supervisor.stop()

@@ -48,7 +48,7 @@ class Supervisor:
     async def start(self, timeout_seconds: float) -> str:
         """Load every role at once, then let them listen in order; returns the gateway's address.
 
-        Kills every actor and raises `DeploymentError` if one fails.
+        Ends every actor and raises `DeploymentError` if one fails.
         """
         try:
             async with asyncio.timeout(timeout_seconds):
@@ -58,12 +58,12 @@ class Supervisor:
                 await _all(self._introduce(s) for s in self._topology.of_role(Role.KVSTORE))
         except TimeoutError:
             late = [m.spec.name for m in self._members.values() if m.state is MemberState.STARTING]
-            self.kill()
+            await self.stop(0.0)
             raise DeploymentError(
                 f"{', '.join(late)} did not start within {timeout_seconds:g} s"
             ) from None
-        except BaseException:
-            self.kill()
+        except Exception:
+            await self.stop(0.0)
             raise
         return self._address(self._topology.of_role(Role.GATEWAY)[0])
 
@@ -84,8 +84,12 @@ class Supervisor:
 
     async def stop(self, grace_seconds: float) -> None:
         """Drain callers before those whom they call, then end every process. The grace time is
-        that of all roles together."""
+        that of all roles together. Whoever serves yet has a say, also while others still start:
+        a KV store that is just killed leaves its shared memory behind."""
         clock = asyncio.get_running_loop().time
+        gateways = self._topology.of_role(Role.GATEWAY)
+        if not any(self._members[g.name].state is MemberState.READY for g in gateways):
+            grace_seconds = 0.0  # nobody waits for an answer
         deadline = clock() + grace_seconds
         for role in reversed(START_ORDER):
             left_seconds = max(0.0, deadline - clock())
@@ -188,7 +192,7 @@ class Supervisor:
         self._members[spec.name] = replace(member, state=state, num_requests=count)
 
     async def _stop(self, spec: ActorSpec, grace_seconds: float) -> None:
-        if self._members[spec.name].state is MemberState.DEAD:
+        if self._members[spec.name].state is not MemberState.READY:
             return
         self._set(spec.name, state=MemberState.DRAINING)
         try:

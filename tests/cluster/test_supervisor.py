@@ -37,6 +37,7 @@ class Stage:
     fails_to_load: str = ""
     fails_to_serve: str = ""
     never_loads: str = ""
+    never_serves: str = ""
     dead: set[str] = field(default_factory=set)
     busy: set[str] = field(default_factory=set)
     killed: list[str] = field(default_factory=list)
@@ -64,6 +65,8 @@ class StagedActor:
     async def serve(self, peers: Peers) -> Listening:
         if self.name == self.stage.fails_to_serve:
             raise DeploymentError(f"{self.name}: port in use")
+        if self.name == self.stage.never_serves:
+            await asyncio.Event().wait()
         self.stage.log.append(f"serve {self.name}")
         self.stage.peers[self.name] = peers
         redis = REDIS if self.name == "kvstore-0" else None
@@ -158,6 +161,30 @@ async def test_one_failure_ends_everything_and_is_told(
     with pytest.raises(DeploymentError, match=message):
         await stage.supervisor().start(timeout_seconds)
     assert sorted(stage.killed) == EVERYBODY
+
+
+async def test_those_who_serve_already_are_told_to_stop_when_another_fails() -> None:
+    stage = Stage(fails_to_serve="attention-1")
+    with pytest.raises(DeploymentError, match="attention-1: port in use"):
+        await stage.supervisor().start(timeout_seconds=5)
+    serving = {line.removeprefix("serve ") for line in stage.log if line.startswith("serve ")}
+    stopped = {line.removeprefix("stop ") for line in stage.log if line.startswith("stop ")}
+    assert "kvstore-0" in serving
+    assert stopped == serving
+
+
+async def test_a_start_can_be_stopped_on_its_way() -> None:
+    stage = Stage(never_serves="attention-0")
+    supervisor = stage.supervisor()
+    starting = asyncio.create_task(supervisor.start(timeout_seconds=5))
+    while "serve kvstore-0" not in stage.log:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+    async with asyncio.timeout(2):
+        await supervisor.stop(grace_seconds=30)
+    assert "stop kvstore-0" in stage.log
+    assert "stop attention-0" not in stage.log
+    assert sorted(stage.killed) == EVERYBODY
+    starting.cancel()
 
 
 async def test_a_snapshot_has_every_member_with_its_counts() -> None:
