@@ -9,12 +9,14 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -32,13 +34,27 @@ class SettingsError(Exception):
     """A setting is unknown or out of range; the message names its source, key and value."""
 
 
+def _not_empty(value: object) -> object:
+    if value == "":
+        raise ValueError("it is empty; leave it out instead")
+    return value
+
+
+# Roles run in processes whose working folder is another one.
+AbsolutePath: TypeAlias = Annotated[
+    Path, BeforeValidator(_not_empty), AfterValidator(Path.absolute)
+]
+
+
 class _Section(BaseModel):
     # Without protected_namespaces pydantic warns of every name that starts with `model`.
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class ModelSettings(_Section):
-    path: Path | None = Field(None, description="checkpoint directory; none: the shipped model")
+    path: AbsolutePath | None = Field(
+        None, description="checkpoint directory; none: the shipped model"
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
 
@@ -98,7 +114,7 @@ class KvSettings(_Section):
 
     enabled: bool = Field(True, description="a KV store on each node with attention workers")
     ram_bytes: int = Field(256 * MIB, ge=MIB, description="shared memory, taken at the start")
-    disk_path: Path | None = Field(
+    disk_path: AbsolutePath | None = Field(
         None, description="a folder of each node; none: KV and sessions end with the deployment"
     )
     disk_bytes: int = Field(4096 * MIB, ge=MIB, description="of KV in that folder")
@@ -109,8 +125,10 @@ class KvSettings(_Section):
         "embedded", description="a server of our own, off, or a redis:// or rediss:// URL"
     )
     redis_password: SecretStr | None = Field(None, description="from the environment only")
-    redis_password_file: Path | None = Field(None, description="on each node, instead")
-    redis_ca_file: Path | None = Field(None, description="who signed the server's certificate")
+    redis_password_file: AbsolutePath | None = Field(None, description="on each node, instead")
+    redis_ca_file: AbsolutePath | None = Field(
+        None, description="who signed the server's certificate"
+    )
     redis_bytes: int = Field(256 * MIB, ge=MIB, description="of all that we keep there")
     redis_ttl_seconds: int = Field(7 * 86400, ge=1, description="of what nobody writes again")
     resume_every_blocks: int = Field(
@@ -134,7 +152,14 @@ class KvSettings(_Section):
             return value
         url = urlsplit(value)
         if url.scheme not in ("redis", "rediss") or not url.hostname:
-            raise ValueError("it is neither 'embedded' nor 'off' nor a redis:// or rediss:// URL")
+            shown = "it" if "@" in value else repr(value)  # there may be a password before the @
+            raise ValueError(
+                f"{shown} is neither 'embedded' nor 'off' nor a redis:// or rediss:// URL"
+            )
+        try:
+            _ = url.port
+        except ValueError:
+            raise ValueError("the URL's port is not a number from 0 to 65535") from None
         if url.password is not None:
             raise ValueError(
                 "the URL has a password in it: set MODEL1_KV__REDIS_PASSWORD, or name a file "
@@ -147,7 +172,7 @@ class ClusterSettings(_Section):
     """How the roles are run on Ray."""
 
     ray_address: str | None = Field(None, description="none: a Ray of our own on this machine")
-    temp_dir: Path | None = Field(None, description="of our own Ray; kept when it is given")
+    temp_dir: AbsolutePath | None = Field(None, description="of our own Ray; kept when it is given")
     start_timeout_seconds: float = Field(180.0, gt=0)
     drain_seconds: float = Field(30.0, ge=0)
     health_interval_seconds: float = Field(2.0, gt=0)
@@ -227,7 +252,7 @@ def _from_file(file: Path | None) -> dict[str, tuple[object, str]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise SettingsError(f"cannot read the config file {file}: {reason}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-45
         raise SettingsError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if raw is None:
         return {}
@@ -267,7 +292,9 @@ def _put(tree: dict[str, Any], key: str, value: object) -> None:
 def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
-    source = next((text for name, text in sources.items() if name.startswith(key)), "settings")
+    # Of a section as a whole: whichever source set one of its keys.
+    parts = (text for name, text in sources.items() if name.startswith(f"{key}."))
+    source = sources.get(key) or next(parts, "settings")
     if first["type"] == "extra_forbidden":
         candidates = [*known_keys(), *Settings.model_fields]
         nearest = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)

@@ -23,7 +23,7 @@ class AddressTaken(Exception):
 
 
 def model_directory(settings: ModelSettings) -> Path:
-    return (settings.path or shipped_model_dir()).absolute()
+    return settings.path or shipped_model_dir().absolute()
 
 
 def checked_model(settings: ModelSettings) -> ModelConfig:

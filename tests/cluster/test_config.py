@@ -43,6 +43,8 @@ def test_every_key_can_be_set_by_its_environment_variable(key: str) -> None:
         "kv_format": "fp8",
         "disk_fsync": "always",
         "redis": "rediss://user@cache:6380/1",
+        **dict.fromkeys(("path", "disk_path", "temp_dir"), "/somewhere"),
+        **dict.fromkeys(("redis_password_file", "redis_ca_file"), "/somewhere/file"),
     }
     value = values.get(name, "67108864" if name.endswith("_bytes") else "64")
     settings = load_settings(environment={known_keys()[key]: value})
@@ -71,7 +73,11 @@ def test_an_empty_environment_variable_sets_nothing() -> None:
         ("gateway: {port: 70000}", "gateway.port = 70000.*65535"),
         ("model: {dtype: float8}", "model.dtype = 'float8'.*'float32' or 'bfloat16'"),
         ("attention: {max_sequences: 9, max_batch_tokens: 8}", "max_sequences 9 .* 8"),
-        ("kv: {redis: localhost}", "kv.redis: it is neither 'embedded' nor 'off' nor a redis://"),
+        ("kv: {redis: localhost}", "kv.redis: 'localhost' is neither 'embedded' nor 'off' nor a"),
+        ("kv: {redis: 'http://u:hush@cache'}", "kv.redis: it is neither 'embedded' nor 'off'"),
+        ("kv: {redis: 'redis://cache:x'}", "kv.redis: the URL's port is not a number"),
+        ("kv: {disk_path: ''}", "kv.disk_path: it is empty"),
+        ("kv: {redis_bytes: 2026-13-45}", "is not YAML: month must be in"),
         ("kv: {redis: 'redis://:hush@cache'}", "kv.redis: the URL has a password in it"),
         ("kv: {redis_password: hush}", "'kv.redis_password' is a secret: set MODEL1_KV__REDIS_P"),
         ("kv: {ram_bytes: 64}", "kv.ram_bytes = 64"),
@@ -93,6 +99,21 @@ def test_the_message_names_the_variable_or_the_flag_that_is_wrong() -> None:
         load_settings(environment={"MODEL1_GATEWAY__PRT": "1"})
     with pytest.raises(SettingsError, match=r"--expert-groups: .* = 'two'"):
         load_settings(environment={}, flags={"topology.expert_groups": "two"})
+
+
+def test_the_source_named_is_that_of_the_key_and_not_of_a_longer_one(tmp_path: Path) -> None:
+    file = write(tmp_path, "kv: {redis_bytes: 1073741824}")
+    with pytest.raises(SettingsError, match=r"^MODEL1_KV__REDIS: kv\.redis"):
+        load_settings(file, environment={"MODEL1_KV__REDIS": "localhost"})
+
+
+def test_a_relative_path_counts_from_where_the_command_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(environment={}, flags={"kv.disk_path": "kv", "model.path": "../model"})
+    assert settings.kv.disk_path == tmp_path / "kv"
+    assert settings.model.path == tmp_path / "../model"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
