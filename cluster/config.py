@@ -138,6 +138,9 @@ class KvSettings(_Section):
     load_timeout_seconds: float = Field(
         10.0, gt=0, description="that a request waits for the tiers before it computes"
     )
+    load_patience_seconds: float = Field(
+        1.0, gt=0, description="that it waits even where computing is predicted to be faster"
+    )
     staging_bytes: int = Field(
         256 * MIB, ge=MIB, description="of what resuming needs, in each worker's own memory"
     )

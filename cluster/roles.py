@@ -144,7 +144,7 @@ def load_attention(name: str, settings: Settings, place: Place) -> Serve:
         config = AttentionWorkerConfig(
             name=name,
             address=f"{place.bind_host}:0",
-            engine=_engine_config(limits, settings.kv),
+            engine=engine_config(limits, settings.kv),
             kv_store_address=peers.store_address,
             model_digest=model_digest,
         )
@@ -163,7 +163,7 @@ def load_attention(name: str, settings: Settings, place: Place) -> Serve:
     return serve
 
 
-def _engine_config(limits: AttentionSettings, kv: KvSettings) -> "EngineConfig":
+def engine_config(limits: AttentionSettings, kv: KvSettings) -> "EngineConfig":
     from services.attention.engine import EngineConfig
     from services.attention.kv_cache import KvCacheConfig
     from services.attention.scheduler import SchedulerLimits
@@ -179,6 +179,7 @@ def _engine_config(limits: AttentionSettings, kv: KvSettings) -> "EngineConfig":
             resume_every_blocks=kv.resume_every_blocks,
             idle_seconds=kv.idle_seconds,
             load_timeout_seconds=kv.load_timeout_seconds,
+            load_patience_seconds=kv.load_patience_seconds,
             staging_bytes=kv.staging_bytes,
             max_writeback_bytes=kv.max_writeback_bytes,
         ),

@@ -5,20 +5,22 @@ import socket
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
 from cluster.client import End, Piece, Question, Unreachable, connected
-from cluster.config import Settings, load_settings
+from cluster.config import AttentionSettings, KvSettings, Settings, load_settings
 from cluster.local import ask_here
 from cluster.members import Listening, Peers, Process, Snapshot
-from cluster.roles import Place, Serve, Serving, load_role
+from cluster.roles import Place, Serve, Serving, engine_config, load_role
 from cluster.supervisor import Supervisor
 from cluster.topology import ActorSpec, Role, plan_topology
 from model1.errors import ConfigError
 from model1.kv_layout import KVFormat
 from services.attention import warm_up
+from services.attention.kv_cache import KvCacheConfig
 from services.generation import KvUsage
 from services.rpc import AddressUnavailable
 from tests.services import tiny_model
@@ -167,6 +169,13 @@ async def test_a_taken_port_is_told_by_the_gateway(settings: Settings, tmp_path:
         await gateway.load()
         with pytest.raises(AddressUnavailable, match=str(port)):
             await gateway.serve(Peers())
+
+
+def test_every_setting_of_a_workers_kv_cache_is_that_of_the_settings() -> None:
+    names = [field.name for field in fields(KvCacheConfig)]
+    values = {name: 2**20 + number for number, name in enumerate(names)}
+    engine = engine_config(AttentionSettings(), KvSettings.model_validate(values))
+    assert asdict(engine.kv) == values
 
 
 async def test_answering_locally_is_the_same_answer(settings: Settings) -> None:
