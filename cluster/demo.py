@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 from cluster.client import Client, End, Question, connected
 from cluster.config import Settings
@@ -71,8 +72,12 @@ def _wait_until_gone(pids: Iterable[int]) -> None:
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat").read_text()
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True  # somebody else's by now, and so not ours
-    return True
+        return False  # somebody else's by now, and so not ours
+    except FileNotFoundError:
+        return not Path("/proc/self").exists()  # gone in between, or a system without /proc
+    # A container's first process often waits for nobody: what has ended stays there as a zombie.
+    return stat.rpartition(")")[2].split()[0] != "Z"
