@@ -3,10 +3,11 @@
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from google.protobuf.message import Message
 
-from cluster.client import connected, named_failures
+from cluster.client import RequestFailed, connected, named_failures
 from cluster.output import text_table
 from cluster.plain import as_json, enum_word
 from protos import attention_pb2, control_pb2, control_pb2_grpc, kvstore_pb2
@@ -36,11 +37,13 @@ class KvCommand:
         self._print(answer, lambda: f"{tier_table(answer.stores)}\n\n{_workers(answer.workers)}")
 
     async def verify(self, tier: str, *, repair: bool) -> None:
-        """Raises `KvDamaged` if something is and stays damaged."""
+        """Raises `KvDamaged` if something is and stays damaged, `RequestFailed` as all that change
+        something do: if a store did not do it."""
         request = control_pb2.VerifyKvRequest(tier=TIERS[tier], repair=repair)
         async with self._control() as control:
             answer = await control.VerifyKv(request)
         self._print(answer, lambda: _verified(answer))
+        _require_all(answer.stores)
         damaged = sum(sum(each.verified.damaged.values()) for each in answer.stores)
         if damaged and not repair:
             raise KvDamaged(f"{damaged} blobs are damaged; --repair forgets them")
@@ -56,6 +59,7 @@ class KvCommand:
                 ((each, (each.evicted.freed_bytes,)) for each in answer.stores),
             ),
         )
+        _require_all(answer.stores)
 
     async def collect(self) -> None:
         async with self._control() as control:
@@ -77,6 +81,7 @@ class KvCommand:
                 ),
             ),
         )
+        _require_all(answer.stores)
 
     @asynccontextmanager
     async def _control(self) -> AsyncIterator[control_pb2_grpc.ControlStub]:
@@ -166,14 +171,21 @@ def _verified(answer: control_pb2.VerifyKvResponse) -> str:
     )
 
 
+Outcome: TypeAlias = (
+    control_pb2.VerifiedStore | control_pb2.EvictedStore | control_pb2.CollectedStore
+)
+
+
+def _require_all(stores: Iterable[Outcome]) -> None:
+    """Raises `RequestFailed` for the first store that had no answer."""
+    for each in stores:
+        if each.WhichOneof("outcome") == "unavailable":
+            raise RequestFailed(each.unavailable)
+
+
 def _by_store(
     header: tuple[str, ...],
-    outcomes: Iterable[
-        tuple[
-            control_pb2.VerifiedStore | control_pb2.EvictedStore | control_pb2.CollectedStore,
-            tuple[object, ...],
-        ]
-    ],
+    outcomes: Iterable[tuple[Outcome, tuple[object, ...]]],
 ) -> str:
     """A row a store; one that had no answer says why in place of its first value."""
     rows: list[tuple[object, ...]] = []
