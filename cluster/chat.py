@@ -75,9 +75,10 @@ def _lines() -> Iterator[str]:
     while True:
         try:
             line = input(PROMPT if sys.stdin.isatty() else "")
+            line.encode()  # some locales let any byte through
         except EOFError:
             return
-        except UnicodeDecodeError:
+        except UnicodeError:
             raise RequestRefused("what came on stdin is not UTF-8") from None
         if line:
             yield line

@@ -47,7 +47,11 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_salt_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--cache-salt", default="", metavar="SALT", help="share KV and sessions with it alone"
+        "--cache-salt",
+        type=text,
+        default="",
+        metavar="SALT",
+        help="share KV and sessions with it alone",
     )
 
 
@@ -82,6 +86,15 @@ def endpoint_of(parsed: Arguments) -> str:
 
 def wants_json(parsed: Arguments) -> bool:
     return bool(parsed.format == "json")
+
+
+def text(value: str) -> str:
+    """What can be sent: a shell hands over any bytes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not UTF-8") from None
+    return value
 
 
 def token_ids(text: str) -> tuple[int, ...]:
@@ -128,8 +141,8 @@ def num_bytes(text: str) -> int:
 
 def endpoint(text: str) -> str:
     host, colon, port = text.rpartition(":")
-    if not (host and colon and port.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT with a port from 1 to 65535")
     return text
 
 

@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         VERBS[parsed.verb].run(parsed)
+        sys.stdout.flush()  # while a reader that has gone can still be told from a failure
     except (KeyboardInterrupt, SystemExit, asyncio.CancelledError):
         return _failed("interrupted", EXIT_FAILED)
     except BrokenPipeError:

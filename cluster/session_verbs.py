@@ -19,6 +19,7 @@ from cluster.flags import (
     positive,
     seconds,
     seed,
+    text,
     wants_json,
 )
 
@@ -29,7 +30,7 @@ def _session_arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, words: str) -> argparse.ArgumentParser:
         each = what.add_parser(name, help=words, description=words)
         if name != "list":
-            each.add_argument("session", metavar="NAME")
+            each.add_argument("session", type=text, metavar="NAME")
         add_salt_flag(each)
         return each
 
@@ -85,7 +86,11 @@ def _session(parsed: Arguments) -> None:
 
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--session", default="", metavar="NAME", help="default: one that ends with the chat"
+        "--session",
+        type=text,
+        default="",
+        metavar="NAME",
+        help="default: one that ends with the chat",
     )
     add_salt_flag(parser)
     add_sampling_flags(parser)

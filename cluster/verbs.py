@@ -21,6 +21,7 @@ from cluster.flags import (
     endpoint_of,
     positive,
     settings_of,
+    text,
     token_ids,
     wants_json,
 )
@@ -28,7 +29,9 @@ from cluster.flags import (
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     add_deployment_flags(parser)
-    parser.add_argument("--prompt", metavar="TEXT", help="what to ask instead of the usual")
+    parser.add_argument(
+        "--prompt", type=text, metavar="TEXT", help="what to ask instead of the usual"
+    )
 
 
 def _demo(parsed: Arguments) -> None:
@@ -51,12 +54,16 @@ def _serve(parsed: Arguments) -> None:
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [FLAG ...] TEXT"  # all of them would be five lines of the screen
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("text", nargs="?", metavar="TEXT", help="the prompt; - reads stdin")
+    prompt.add_argument(
+        "text", nargs="?", type=text, metavar="TEXT", help="the prompt; - reads stdin"
+    )
     prompt.add_argument(
         "--token-ids", type=token_ids, metavar="1,2,3", help="the prompt as token ids, used as is"
     )
     add_sampling_flags(parser)
-    parser.add_argument("--session", default="", metavar="NAME", help="the prompt is its next turn")
+    parser.add_argument(
+        "--session", type=text, default="", metavar="NAME", help="the prompt is its next turn"
+    )
     add_salt_flag(parser)
     parser.add_argument("--local", action="store_true", help="in this process, without a server")
     add_flag(parser, "--model", "model.path", "DIR", "checkpoint of --local")
@@ -69,10 +76,16 @@ def _generate(parsed: Arguments) -> None:
         raise SettingsError(
             "--local keeps nothing: neither --session nor --cache-salt goes with it"
         )
+    if parsed.local and parsed.endpoint:
+        raise SettingsError(f"--endpoint {parsed.endpoint}: with --local there is nobody to ask")
+    for flag, key in (("--model", "model.path"), ("--dtype", "model.dtype")):
+        value = getattr(parsed, key)
+        if value is not None and not parsed.local:
+            raise SettingsError(f"{flag} {value}: the gateway has its own; it goes with --local")
     from cluster.client import Question
     from cluster.generate import generate
 
-    prompt = parsed.token_ids or (sys.stdin.read() if parsed.text == "-" else parsed.text)
+    prompt = parsed.token_ids or (_stdin_text() if parsed.text == "-" else parsed.text)
     question = Question(
         prompt=prompt,
         max_tokens=parsed.max_tokens,
@@ -85,6 +98,13 @@ def _generate(parsed: Arguments) -> None:
     settings = settings_of(parsed)
     endpoint = None if parsed.local else parsed.endpoint or settings.gateway.endpoint
     asyncio.run(generate(settings, question, endpoint=endpoint, as_json=wants_json(parsed)))
+
+
+def _stdin_text() -> str:
+    try:
+        return text(sys.stdin.read())
+    except (UnicodeDecodeError, argparse.ArgumentTypeError):
+        raise SettingsError("what came on stdin is not UTF-8") from None
 
 
 def _status(parsed: Arguments) -> None:

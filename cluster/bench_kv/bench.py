@@ -14,7 +14,7 @@ from typing import Any
 from cluster.bench_kv.bandwidth import measure_bandwidth
 from cluster.bench_kv.budget import Load, measure_budgets
 from cluster.bench_kv.no_reuse import measure_no_reuse
-from cluster.bench_kv.plot import require_matplotlib, write_plot
+from cluster.bench_kv.plot import require_plot, write_plot
 from cluster.bench_kv.report import Report, as_dict, print_tables
 from cluster.bench_kv.resume import measure_resume
 from cluster.bench_kv.rig import Rig, tell
@@ -52,7 +52,7 @@ def bench_kv(
 ) -> None:
     """Tables for people or one JSON object. Raises `SidesDiffer` if a token differs."""
     if plot is not None:
-        require_matplotlib()
+        require_plot(plot)
     os.environ.update(COMPUTE_ENVIRONMENT)  # before torch is imported
     from model1.bench import machine, write_random_checkpoint
 

@@ -6,8 +6,10 @@ from cluster.bench_kv.report import Report
 from cluster.config import SettingsError
 
 
-def require_matplotlib() -> None:
-    """Raises `SettingsError`, before minutes are spent on measuring."""
+def require_plot(path: Path) -> None:
+    """Raises `SettingsError` if there can be none, before minutes are spent on measuring."""
+    if not path.absolute().parent.is_dir():
+        raise SettingsError(f"--plot: there is no folder {path.parent}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:

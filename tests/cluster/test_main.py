@@ -1,5 +1,10 @@
 """The command line up to where real work begins: usage, exit codes, one line of help on stderr."""
 
+import io
+import os
+import subprocess
+import sys
+
 import pytest
 
 from cluster.main import main
@@ -37,6 +42,14 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]
         (("generate", "--token-ids", "1,-2"), "-2"),
         (("generate", "x", "--endpoint", "nowhere"), "'nowhere'"),
         (("generate", "x", "--local", "--session", "tea"), "--session"),
+        (("generate", "x", "--local", "--endpoint", "here:1"), "--endpoint here:1"),
+        (("generate", "x", "--model", "/models/mine"), "--model /models/mine"),
+        (("generate", "x", "--endpoint", "here:70000"), "'here:70000'"),
+        (("generate", "\udcff"), r"'\udcff' is not UTF-8"),
+        (("generate", "x", "--session", "\udcff"), r"'\udcff' is not UTF-8"),
+        (("session", "list", "--cache-salt", "\udcff"), r"'\udcff' is not UTF-8"),
+        (("session", "show", "\udcff"), r"'\udcff' is not UTF-8"),
+        (("bench", "kv", "--plot", "/nowhere/curves.svg"), "/nowhere"),
         (("bench", "serve", "--pairs", "0"), "0"),
         (("session",), "WHAT"),
         (("session", "show"), "NAME"),
@@ -56,6 +69,37 @@ def test_a_wrong_flag_is_a_usage_error_that_names_the_value(
     code, err = told(capsys, *arguments)
     assert code == 2
     assert value in err
+
+
+@pytest.mark.parametrize("verb", [("generate", "-"), ("generate", "-", "--local"), ("chat",)])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_prompt_on_stdin_that_is_not_text(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    verb: tuple[str, ...],
+    errors: str,
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert told(capsys, *verb) == (2, "model1: what came on stdin is not UTF-8\n")
+
+
+def test_a_reader_of_stdout_that_has_gone_is_not_complained_about() -> None:
+    verb = "Verb('', lambda _: None, lambda _: print('something short'))"
+    code = (
+        "import sys; from cluster import main; from cluster.flags import Verb; "
+        f"main.VERBS['say'] = {verb}; sys.exit(main.main(['say']))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, env=environment
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_a_wrong_environment_variable_is_a_usage_error(
