@@ -447,6 +447,7 @@ class AnyUseOfADisk(RuleBasedStateMachine):
     def _open(self) -> None:
         config = _config(Path(self.folder.name), max_bytes=4 * SEGMENT)
         self.tier = DiskTier(config, is_pinned=self.pinned.__contains__)
+        self.num_evicted = 0
 
     def teardown(self) -> None:
         self.tier.close()
@@ -505,7 +506,11 @@ class AnyUseOfADisk(RuleBasedStateMachine):
     def whole(self) -> None:
         self.tier.check()
         assert self.tier.used_bytes <= 4 * SEGMENT
-        assert {int.from_bytes(key, "big") for key in self.tier.keys()} <= self.model  # noqa: SIM118
+        held = {int.from_bytes(key, "big") for key in self.tier.keys()}  # noqa: SIM118
+        assert held <= self.model
+        evicted = self.tier.counts.evicted_blobs
+        assert len(self.model - held) == evicted - self.num_evicted
+        self.model, self.num_evicted = held, evicted
         assert self.tier.degraded is None
 
 

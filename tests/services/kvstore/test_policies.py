@@ -8,7 +8,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
-    invariant,
     precondition,
     rule,
     run_state_machine_as_test,
@@ -169,11 +168,8 @@ class AnyUseOfAPolicy(RuleBasedStateMachine):
             assert key in self.held - self.kept
             self.held.remove(key)
 
-    @invariant()
-    def the_rest_can_still_leave(self) -> None:
-        assert len(self.held) <= 16
-
     def teardown(self) -> None:
+        """All the rest can leave."""
         left = {self.policy.evict(0.0, lambda key: True) for _ in range(len(self.held))}
         assert left == self.held
         assert self.policy.evict(0.0, lambda key: True) is None
