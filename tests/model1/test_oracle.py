@@ -50,6 +50,8 @@ each_case_and_ties = pytest.mark.parametrize("case", (*CASES, TIED), ids=lambda 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16"))
 
 Checkpoints = Callable[[Case], Path]
+Models = Callable[[Case, torch.dtype, str], Model]
+Whole = Callable[[Case, torch.dtype, str], Tensor]
 
 
 @pytest.fixture(scope="session")
@@ -63,11 +65,31 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return directory
 
 
+@pytest.fixture(scope="session")
+def models(checkpoints: Checkpoints) -> Models:
+    """Nobody may change one of them: what a sequence changes is in its pool."""
+    return cache(
+        lambda case, dtype, device: Model.from_checkpoint(checkpoints(case), dtype, device)
+    )
+
+
+@pytest.fixture(scope="session")
+def whole(models: Models) -> Whole:
+    """Logits of a case's longest prompt in one piece."""
+
+    @cache
+    def logits(case: Case, dtype: torch.dtype, device: str) -> Tensor:
+        ids = oracle.token_ids(case, case.longest)
+        return _in_pieces(models(case, dtype, device), ids, [len(ids)])
+
+    return logits
+
+
 @each_case
 def test_logits_equal_those_of_transformers(
-    case: Case, device: str, checkpoints: Checkpoints, record_property: Callable[[str, float], None]
+    case: Case, device: str, models: Models, record_property: Callable[[str, float], None]
 ) -> None:
-    model = Model.from_checkpoint(checkpoints(case), device=device)
+    model = models(case, torch.float32, device)
     theirs = oracle.random_model(case).to(device)
     worst = 0.0
     for length in case.lengths:
@@ -80,13 +102,11 @@ def test_logits_equal_those_of_transformers(
 
 
 @each_case
-def test_bfloat16_mostly_agrees_on_the_next_token(
-    case: Case, device: str, checkpoints: Checkpoints
-) -> None:
+def test_bfloat16_mostly_agrees_on_the_next_token(case: Case, device: str, models: Models) -> None:
     """Rounding flips choices of experts and entries, so logits cannot be compared closely."""
     ids = oracle.token_ids(case, case.longest)
-    exact = Model.from_checkpoint(checkpoints(case), device=device).logits(ids)
-    rounded = Model.from_checkpoint(checkpoints(case), torch.bfloat16, device).logits(ids)
+    exact = models(case, torch.float32, device).logits(ids)
+    rounded = models(case, torch.bfloat16, device).logits(ids)
     assert rounded.dtype == torch.float32
     assert (rounded.argmax(dim=-1) == exact.argmax(dim=-1)).float().mean() >= 0.9
 
@@ -129,46 +149,46 @@ def test_experts_reach_the_clamp(case: Case, device: str) -> None:
 @each_dtype
 @each_case_and_ties
 def test_a_prompt_in_chunks_gives_the_same_bits_as_in_one_piece(
-    case: Case, dtype: torch.dtype, device: str, checkpoints: Checkpoints
+    case: Case, dtype: torch.dtype, device: str, models: Models, whole: Whole
 ) -> None:
-    model = Model.from_checkpoint(checkpoints(case), dtype, device)
+    model = models(case, dtype, device)
     ids = oracle.token_ids(case, case.longest)
-    whole = _in_pieces(model, ids, [len(ids)])
     ragged = random.Random(0)
     for sizes in (
         itertools.repeat(127),
         (ragged.choice((1, 2, 3, 5, 31, 97, 128)) for _ in itertools.count()),
     ):
-        _assert_same_bits(_in_pieces(model, ids, sizes), whole)
+        _assert_same_bits(_in_pieces(model, ids, sizes), whole(case, dtype, device))
 
 
 @each_dtype
 @each_case_and_ties
 def test_token_by_token_gives_the_same_bits_as_in_one_piece(
-    case: Case, dtype: torch.dtype, device: str, checkpoints: Checkpoints
+    case: Case, dtype: torch.dtype, device: str, models: Models, whole: Whole
 ) -> None:
-    model = Model.from_checkpoint(checkpoints(case), dtype, device)
+    model = models(case, dtype, device)
     ids = oracle.token_ids(case, case.longest)
-    whole = _in_pieces(model, ids, [len(ids)])
+    expected = whole(case, dtype, device)
     # From the start over the first windows, and from just before the last HCA window closes.
-    _assert_same_bits(_in_pieces(model, ids[:40], itertools.repeat(1)), whole[:40])
+    _assert_same_bits(_in_pieces(model, ids[:40], itertools.repeat(1)), expected[:40])
     late = max(len(ids) // 128 * 128 - 3, 40)
     sizes = itertools.chain([late], itertools.repeat(1))
     until = min(late + 12, len(ids))
-    _assert_same_bits(_in_pieces(model, ids[:until], sizes), whole[:until])
+    _assert_same_bits(_in_pieces(model, ids[:until], sizes), expected[:until])
 
 
 @each_dtype
 @each_case_and_ties
 def test_a_sequence_gives_the_same_bits_alone_and_beside_others(
-    case: Case, dtype: torch.dtype, device: str, checkpoints: Checkpoints
+    case: Case, dtype: torch.dtype, device: str, models: Models, whole: Whole
 ) -> None:
     """A decoding one, one that starts, one in mid-prompt and one far longer, in one batch."""
-    model = Model.from_checkpoint(checkpoints(case), dtype, device)
+    model = models(case, dtype, device)
     lengths = [case.longest, 5, case.longest // 2, case.longest - 1]
     prompts = [oracle.token_ids(case, n, seed) for seed, n in enumerate(lengths)]
     done = [lengths[0] - 1, 0, lengths[2] // 3, lengths[3] - 1]
-    alone = [_in_pieces(model, ids, [len(ids)]) for ids in prompts]
+    alone = [_in_pieces(model, ids, [len(ids)]) for ids in prompts[1:]]
+    alone.insert(0, whole(case, dtype, device))
     with _sequences(model, lengths) as (pool, handles):
         starting = [
             Chunk(handle, 0, ids[:n], 0)
@@ -188,10 +208,10 @@ def test_a_sequence_gives_the_same_bits_alone_and_beside_others(
 
 @each_dtype
 def test_a_recycled_pool_gives_the_same_bits_as_a_fresh_one(
-    dtype: torch.dtype, device: str, checkpoints: Checkpoints
+    dtype: torch.dtype, device: str, models: Models
 ) -> None:
     case = CASES[0]
-    model = Model.from_checkpoint(checkpoints(case), dtype, device)
+    model = models(case, dtype, device)
     first, second = (oracle.token_ids(case, n, seed) for seed, n in enumerate((300, 290)))
     fresh = _in_pieces(model, second, [290])
     pool = model.pool(384)
@@ -204,10 +224,8 @@ def test_a_recycled_pool_gives_the_same_bits_as_a_fresh_one(
 
 
 @each_case
-def test_greedy_tokens_equal_those_of_transformers(
-    case: Case, device: str, checkpoints: Checkpoints
-) -> None:
-    model = Model.from_checkpoint(checkpoints(case), device=device)
+def test_greedy_tokens_equal_those_of_transformers(case: Case, device: str, models: Models) -> None:
+    model = models(case, torch.float32, device)
     theirs = oracle.random_model(case).to(device)
     for length, max_tokens in ((1, 12), (7, 30), (case.longest - 7, 12)):
         ids = oracle.token_ids(case, length)
