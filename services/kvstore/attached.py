@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Coroutine
 
 from model1.errors import InvalidRequest
@@ -56,11 +57,11 @@ class AttachedWorker:
         match body:
             case "locate":
                 keys = split_keys(message.locate.keys)
-                timeout_seconds = message.locate.timeout_seconds
+                timeout_seconds = _checked(message.locate.timeout_seconds)
                 self._run(message.call_id, self._locate(message.call_id, keys, timeout_seconds))
             case "acquire":
                 keys = split_keys(message.acquire.keys)
-                timeout_seconds = message.acquire.timeout_seconds
+                timeout_seconds = _checked(message.acquire.timeout_seconds)
                 work = self._acquire(message.call_id, keys, timeout_seconds, holder)
                 self._run(message.call_id, work)
             case "cancel":
@@ -207,6 +208,12 @@ class AttachedWorker:
             raise InvalidRequest(f"call {call_id} is under way already")
         task = self._tasks[call_id] = asyncio.create_task(work)
         task.add_done_callback(lambda _task: self._tasks.pop(call_id))
+
+
+def _checked(timeout_seconds: float) -> float:
+    if not math.isfinite(timeout_seconds):
+        raise InvalidRequest(f"a timeout is a number of seconds, not {timeout_seconds}")
+    return timeout_seconds
 
 
 def split_keys(packed: bytes) -> list[bytes]:

@@ -18,7 +18,7 @@ import grpc.aio
 
 from protos import kvstore_pb2, kvstore_pb2_grpc
 from services.duplex import Duplex
-from services.kvstore.arena import ArenaView
+from services.kvstore.arena import ArenaUnavailable, ArenaView
 from services.kvstore.leases import ClientLock, client_path
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,8 @@ class Attachment:
     @property
     def connected(self) -> bool:
         """The store is there, and answers. Any thread may ask."""
-        return self._can_send and self._silent_until_s <= time.monotonic()
+        can_send = self._attached.is_set() and self._stream.connected
+        return can_send and self._silent_until_s <= time.monotonic()
 
     def note_silence(self) -> None:
         """A call was not answered in time: no more of them for a while, or until the store says
@@ -105,8 +106,11 @@ class Attachment:
         self._callers.pop(call_id, None)
 
     def send(self, message: kvstore_pb2.WorkerMessage) -> None:
-        """Something without an answer; lost when the store is away."""
-        if self._can_send:
+        """Something without an answer; lost when the store is away.
+
+        Not when it only reads nothing just now: what ends a lease has to reach it.
+        """
+        if self._attached.is_set():
             self._stream.send(message)
 
     @property
@@ -149,7 +153,7 @@ class Attachment:
                 self._attach(path, identity)
             if self._lock is None or not self._lock.holds(client_path(path, self._client_id)):
                 self._relock(client_path(path, self._client_id))
-        except OSError as error:
+        except (OSError, ArenaUnavailable) as error:
             # Another node's store, or a folder that is not shared: misses, and not a reason to
             # try again before the store itself comes back.
             log.error("kvstore_not_attached store=%s reason=%s", self._stream.address, error)
@@ -158,10 +162,6 @@ class Attachment:
         self._stream.send(kvstore_pb2.WorkerMessage(hello=self._hello))
         self._attached.set()
         log.info("kvstore_attached store=%s arena=%s", self._stream.address, path)
-
-    @property
-    def _can_send(self) -> bool:
-        return self._attached.is_set() and self._stream.connected
 
     @property
     def _client_id(self) -> str:

@@ -116,8 +116,9 @@ class KvClient:
 
     async def prefetch(self, keys: Sequence[bytes]) -> None:
         """Let the store bring these into RAM; waits for nothing and leases nothing."""
-        promote = kvstore_pb2.Promote(keys=b"".join(keys))
-        self._thread.call(self._attachment.send, kvstore_pb2.WorkerMessage(promote=promote))
+        if self.connected:
+            promote = kvstore_pb2.Promote(keys=b"".join(keys))
+            self._thread.call(self._attachment.send, kvstore_pb2.WorkerMessage(promote=promote))
 
     async def save(self, items: Sequence[SaveItem]) -> Saved:
         """Returns after the last `fill` has ended, also when it is cancelled."""

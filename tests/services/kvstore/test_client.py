@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from protos import kvstore_pb2, kvstore_pb2_grpc
+from services import duplex
 from services.kvstore.client import Block, KvClient, SaveItem
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.tier import Tier
@@ -22,6 +23,7 @@ from tests.services.kvstore.blobs import (
     payload_of,
     read,
 )
+from tests.services.kvstore.conftest import Connect, OpenStore, idle
 from tests.services.kvstore.store_process import StoreProcess, running_store
 
 
@@ -279,6 +281,45 @@ async def test_a_loop_that_is_busy_elsewhere_is_not_a_store_that_is_late(
     assert await client.locate([key_of(0)]) == [Tier.RAM]
     computing.cancel()
     await client.close()
+
+
+async def test_leases_end_also_while_the_store_reads_nothing(
+    open_store: OpenStore, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await open_store()
+    client = await connect(server)
+    await client.save([item_of(0)])
+
+    def consume(_index: int, _payload: memoryview) -> None:
+        monkeypatch.setattr(duplex, "MAX_UNSENT_MESSAGES", 0)
+
+    deadline_s = asyncio.get_running_loop().time() + 10
+    async with client.acquire([key_of(0)], deadline_s=deadline_s, consume=consume) as blocks:
+        assert [block.tier async for block in blocks] == [Tier.RAM]
+    assert not client.connected
+    await idle(server)
+
+
+async def test_a_store_whose_arena_cannot_be_mapped_is_a_miss_and_not_tried_again_and_again(
+    open_store: OpenStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await open_store()
+    server.store.ram.arena.path.unlink()
+    client = await KvClient.open(client_config(server.address))
+
+    async def refused() -> bool:
+        return "kvstore_not_attached" in caplog.text
+
+    await eventually(refused)
+    assert await client.locate([key_of(0)]) == [None]
+    await client.close()
+    assert caplog.text.count("kvstore_not_attached") == 1
+    assert "stream_refused" not in caplog.text
+
+
+async def test_a_closed_client_is_told_to_prefetch_in_vain(client: KvClient) -> None:
+    await client.close()
+    await client.prefetch([key_of(0)])
 
 
 async def test_without_any_store_everything_is_a_miss(tmp_path: Path) -> None:
