@@ -34,7 +34,10 @@ def write_plot(report: Report, path: Path) -> None:
             of_tier = [each for each in report.resumed if each.tier == tier]
             left.plot(lengths, [each.seconds for each in of_tier], marker="o", label=f"from {tier}")
         left.set(
-            xscale="log", yscale="log", xlabel="tokens of history", ylabel="s to the first token"
+            xscale="log",
+            yscale="log",
+            xlabel="tokens of history",
+            ylabel="seconds to the first token",
         )
         left.set_title("Resuming a session")
         left.legend()
@@ -43,8 +46,8 @@ def write_plot(report: Report, path: Path) -> None:
         right.plot(saved, [each.ratio for each in report.budgets], marker="o")
         right.axhline(1.1, color="grey", linestyle=":", label="1.10x")
         right.set(xlabel="% of device KV bytes given back", ylabel="time per token, relative")
-        right.set_ylim(bottom=0)
+        right.set_ylim(0, 1.3 * max(1.1, *(each.ratio for each in report.budgets)))
         right.set_title("The same sessions on less device memory")
-        right.legend()
+        right.legend(loc="lower right")
     figure.savefig(path)
     pyplot.close(figure)
