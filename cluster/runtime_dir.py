@@ -34,7 +34,7 @@ def runtime_dir(parent: Path) -> Iterator[Path]:
             folder.mkdir()
             yield folder
     finally:
-        shutil.rmtree(private, ignore_errors=True)
+        _remove(private)
 
 
 def remove_abandoned(parent: Path) -> None:
@@ -49,4 +49,12 @@ def remove_abandoned(parent: Path) -> None:
                 if time.time() - os.fstat(lock.fileno()).st_mtime < MIN_ABANDONED_SECONDS:
                     continue
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(private, ignore_errors=True)
+                _remove(private)
+
+
+def _remove(private: Path) -> None:
+    """Its lock goes last: a process of Ray that still writes may keep the rest from going, and then
+    the next command finds by the lock that the folder is one of these, and whose."""
+    shutil.rmtree(private / "r", ignore_errors=True)
+    if not (private / "r").exists():
+        shutil.rmtree(private, ignore_errors=True)

@@ -1,5 +1,6 @@
 """The folder of a Ray of our own: private, and removed even when its owner could not."""
 
+import errno
 import os
 import signal
 import stat
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from cluster.runtime_dir import LENGTH, MIN_ABANDONED_SECONDS, remove_abandoned, runtime_dir
 
@@ -43,6 +46,23 @@ def test_what_a_killed_command_left_is_removed_and_what_is_in_use_stays(tmp_path
         command.wait()
         with runtime_dir(tmp_path) as folder:
             assert list(tmp_path.iterdir()) == [folder.parent]
+
+
+def test_what_a_late_writer_keeps_from_going_is_removed_by_a_later_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as writer:
+        with runtime_dir(tmp_path) as folder:
+            (folder / "log").touch()
+            writer.setattr("os.rmdir", _refuse)  # as for a folder that is not empty any more
+        assert folder.is_dir()
+    _age(folder.parent)
+    remove_abandoned(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def _refuse(path: str, **_: object) -> None:
+    raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
 
 
 def test_a_folder_that_is_new_or_not_ours_is_left_alone(tmp_path: Path) -> None:
