@@ -31,7 +31,6 @@ from services.errors import (
     Draining,
     DuplicateRequest,
     InternalFailure,
-    QueueFull,
     RequestCancelled,
     ServiceError,
     UnknownRequest,
@@ -211,13 +210,10 @@ class Engine:
                 f"{request.max_tokens} are more than the {self._pool.max_sequence_tokens} tokens "
                 "that this worker can hold for a sequence"
             )
+        self._scheduler.require_room()  # before the prompt is hashed and looked up
         kv = self._kv.open(request)
         live = _Live(Sequence(request, kv), TokenStream(kv.root), _now_s(), deadline_s)
-        try:
-            self._scheduler.add(live.sequence)
-        except QueueFull:
-            kv.give_back()
-            raise
+        self._scheduler.add(live.sequence)
         self._live[request.request_id] = live
         self._counters.accepted += 1
         self._idle.clear()

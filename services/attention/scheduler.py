@@ -73,11 +73,15 @@ class Scheduler(Generic[Claim]):
     def num_running(self) -> int:
         return len(self._running)
 
+    def require_room(self) -> None:
+        """Raises QueueFull when no sequence can be added."""
+        if len(self._waiting) >= self.limits.max_waiting:
+            raise QueueFull(f"{len(self._waiting)} requests are waiting, the queue holds no more")
+
     def add(self, sequence: Sequence[Claim]) -> None:
         """Queue a sequence that fits an empty pool; raises QueueFull."""
         assert sequence.state is SequenceState.WAITING
-        if len(self._waiting) >= self.limits.max_waiting:
-            raise QueueFull(f"{len(self._waiting)} requests are waiting, the queue holds no more")
+        self.require_room()
         self._waiting.append(sequence)
 
     def schedule(self) -> list[Slice[Claim]]:
