@@ -80,6 +80,7 @@ def load_role(
 def load_gateway(
     model: ModelSettings, settings: GatewaySettings, snapshot: SnapshotSource
 ) -> Serve:
+    from services.gateway.counters import Outcome
     from services.gateway.server import GatewayConfig, GatewayServer
     from services.gateway.store import StoreAddress
     from services.gateway.workers import WorkerAddress
@@ -102,7 +103,10 @@ def load_gateway(
         stores = [StoreAddress(name, address) for name, address in peers.store_addresses]
         await server.gateway.workers.update(workers)
         await server.gateway.sessions.stores.update(stores)
-        return Serving(Listening(server.address), lambda: server.gateway.num_served, server.stop)
+        counters = server.gateway.counters
+        return Serving(
+            Listening(server.address), lambda: counters.ended[Outcome.FINISHED], server.stop
+        )
 
     return serve
 

@@ -23,6 +23,7 @@ from services.errors import (
 )
 from services.gateway.admission import Admission, AskedRequest
 from services.gateway.answer import Accepted, Answer, Frame
+from services.gateway.counters import CountedRequest, RequestCounters
 from services.gateway.sessions import Sessions, Turn
 from services.gateway.workers import Worker, WorkerAccepted, WorkerFinal, WorkerPool
 from services.generation import GenerationRequest
@@ -44,6 +45,7 @@ class _Live:
 class _Call:
     """What a request brings along on its way; `turn` is None outside of sessions."""
 
+    counted: CountedRequest
     turn: Turn | None
     timeout_s: float | None
     emit: Emit
@@ -64,7 +66,7 @@ class Gateway:
         self.workers = workers
         self.sessions = sessions
         self.max_active_requests = max_active_requests
-        self.num_served = 0
+        self.counters = RequestCounters()
         self._live: dict[str, _Live] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -83,6 +85,12 @@ class Gateway:
 
         Cancelling the caller's task cancels the request at its worker.
         """
+        with self.counters.request() as counted:
+            await self._generate(asked, timeout_s, emit, counted)
+
+    async def _generate(
+        self, asked: AskedRequest, timeout_s: float | None, emit: Emit, counted: CountedRequest
+    ) -> None:
         if self._is_draining:
             raise Draining("the gateway is draining and accepts no request")
         if len(self._live) >= self.max_active_requests:
@@ -94,7 +102,7 @@ class Gateway:
         with self._registered(asked.request_id, timeout_s) as live:
             try:
                 async with live.scope, self._turn(asked) as turn:
-                    await self._serve(asked, _Call(turn, timeout_s, emit))
+                    await self._serve(asked, _Call(counted, turn, timeout_s, emit))
             except TimeoutError:
                 raise live.ending or DeadlineExceeded(
                     f"the deadline of {timeout_s} s passed"
@@ -147,6 +155,7 @@ class Gateway:
                 match event:
                     case WorkerAccepted():
                         kv_root = event.kv_root
+                        call.counted.accepted()
                         await emit(Accepted(request.request_id, worker.row.name))
                     case WorkerFinal():
                         if rest := answer.rest():
@@ -156,10 +165,12 @@ class Gateway:
                         if call.turn:
                             name = worker.row.name
                             await call.turn.keep(token_ids, kv_root=kv_root, worker=name)
-                        await emit(answer.final(event.finish_reason, event.kv))
-                        self.num_served += 1
+                        final = answer.final(event.finish_reason, event.kv)
+                        await emit(final)
+                        call.counted.answered(final)
                         return
                     case token_ids:
+                        call.counted.generated(len(token_ids))
                         await emit(answer.delta(token_ids))
         raise InternalFailure(f"attention worker {worker.row.name} ended without a finish reason")
 
