@@ -90,7 +90,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         async with ending_with_status(context):
             stores, workers = await asyncio.gather(
                 self._of_each_store(lambda store: store.stat()),
-                _outcomes([(worker.row.name, worker.kv_stats()) for worker in gateway.workers.all]),
+                answers([(worker.row.name, worker.stats()) for worker in gateway.workers.all]),
             )
         return control_pb2.GetKvStatsResponse(
             stores=[
@@ -102,7 +102,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             workers=[
                 control_pb2.KvStatOfWorker(worker=name, unavailable=outcome)
                 if isinstance(outcome, str)
-                else control_pb2.KvStatOfWorker(worker=name, stat=outcome)
+                else control_pb2.KvStatOfWorker(worker=name, stat=outcome.kv)
                 for name, outcome in workers
             ],
         )
@@ -155,7 +155,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         self, ask: Callable[[Store], Awaitable[Answer]]
     ) -> list[tuple[str, Answer | str]]:
         stores = self._gateway.sessions.stores.all
-        return await _outcomes([(store.row.name, ask(store)) for store in stores])
+        return await answers([(store.row.name, ask(store)) for store in stores])
 
 
 def control_service(service: ControlService) -> rpc.Service:
@@ -164,7 +164,7 @@ def control_service(service: ControlService) -> rpc.Service:
     )
 
 
-async def _outcomes(
+async def answers(
     asked: Iterable[tuple[str, Awaitable[Answer]]],
 ) -> list[tuple[str, Answer | str]]:
     """What each answers, or why it does not."""

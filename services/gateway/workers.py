@@ -111,16 +111,17 @@ class Worker:
             ) from error
         return int(answer.blocks)
 
-    async def kv_stats(self) -> attention_pb2.AttentionKvStats:
+    async def stats(self) -> attention_pb2.AttentionStatsResponse:
         request = attention_pb2.AttentionStatsRequest()
         try:
-            answer = await self._stub.Stats(request, timeout=STATS_TIMEOUT_SECONDS)
+            answer: attention_pb2.AttentionStatsResponse = await self._stub.Stats(
+                request, timeout=STATS_TIMEOUT_SECONDS
+            )
         except grpc.aio.AioRpcError as error:
             raise WorkerUnavailable(
                 f"attention worker {self.row.name}: {from_rpc_error(error)}"
             ) from error
-        stats: attention_pb2.AttentionKvStats = answer.kv
-        return stats
+        return answer
 
     async def close(self) -> None:
         await self._channel.close(grace=None)
