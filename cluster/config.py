@@ -68,9 +68,20 @@ class TopologySettings(_Section):
 class GatewaySettings(_Section):
     host: str = "127.0.0.1"
     port: int = Field(50051, ge=0, le=65535, description="0: any free port")
+    # Empty would be every address there is.
+    metrics_host: str = Field("127.0.0.1", min_length=1)
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="of /metrics over HTTP; none: off, 0: any free port"
+    )
 
     default_max_tokens: int = Field(256, ge=1, description="of a request that names no maximum")
     max_active_requests: int = Field(256, ge=1)
+
+    @model_validator(mode="after")
+    def _each_listens_on_a_port_of_its_own(self) -> Self:
+        if self.port and self.port == self.metrics_port:
+            raise ValueError(f"metrics_port {self.metrics_port} is the port of gRPC already")
+        return self
 
     @property
     def endpoint(self) -> str:

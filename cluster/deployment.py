@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.config import Settings
-from cluster.preflight import check_address, checked_model
+from cluster.preflight import check_addresses, checked_model
 from cluster.ray_session import Node, ray_session
 from cluster.topology import plan_topology
 
@@ -40,7 +40,7 @@ def prepared(settings: Settings) -> Iterator[Site]:
     topology = plan_topology(
         settings.topology, num_experts=num_experts, with_kv_stores=settings.kv.enabled
     )
-    check_address(settings.gateway)
+    check_addresses(settings.gateway)
     supervisor_too = len(topology.actors) + 1
     with ray_session(settings.cluster, num_actors=supervisor_too) as nodes:
         yield Site(settings, num_experts, nodes)

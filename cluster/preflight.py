@@ -43,12 +43,20 @@ def checked_model(settings: ModelSettings) -> ModelConfig:
     return config
 
 
-def check_address(gateway: GatewaySettings) -> None:
+def check_addresses(gateway: GatewaySettings) -> None:
     """Raises `AddressTaken` if nobody could listen there now."""
+    _check(gateway.host, gateway.port, "choose another with --port")
+    if gateway.metrics_port is not None:
+        hint = "choose another gateway.metrics_port"
+        _check(gateway.metrics_host, gateway.metrics_port, hint)
+
+
+def _check(host: str, port: int, hint: str) -> None:
+    endpoint = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        infos = socket.getaddrinfo(gateway.host, gateway.port, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise AddressTaken(f"cannot listen on {gateway.endpoint}: {error.strerror}") from None
+        raise AddressTaken(f"cannot listen on {endpoint}: {error.strerror}") from None
     family, kind, protocol, _, address = infos[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -57,8 +65,8 @@ def check_address(gateway: GatewaySettings) -> None:
             probe.listen()
         except OSError as error:
             reason = (
-                f"the port {gateway.port} is in use; choose another with --port, or 0 for any"
+                f"the port {port} is in use; {hint}, or 0 for any"
                 if error.errno == errno.EADDRINUSE
                 else error.strerror
             )
-            raise AddressTaken(f"cannot listen on {gateway.endpoint}: {reason}") from None
+            raise AddressTaken(f"cannot listen on {endpoint}: {reason}") from None

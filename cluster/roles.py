@@ -97,6 +97,8 @@ def load_gateway(
             max_context_length=min((w.kv_tokens for w in peers.worker_addresses), default=None),
             default_max_tokens=settings.default_max_tokens,
             max_active_requests=settings.max_active_requests,
+            metrics_host=settings.metrics_host,
+            metrics_port=settings.metrics_port,
         )
         server = await GatewayServer.open(config, topology)
         workers = [WorkerAddress(w.name, w.address, w.store) for w in peers.worker_addresses]

@@ -37,6 +37,8 @@ async def status(endpoint: str, *, as_json: bool) -> None:
         f"model {model.model_path}, context {model.max_context_length} tokens, "
         f"{model.n_routed_experts} experts, routing epoch {topology.epoch}"
     )
+    if server.metrics_url:
+        print(f"metrics {server.metrics_url}")
     print(member_table(topology.members))
     if kv.stores:
         print(f"\n{tier_states(kv.stores)}")

@@ -13,18 +13,20 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "uptime_seconds", "active_requests", "max_active_requests", "draining")
+    __slots__ = ("version", "uptime_seconds", "active_requests", "max_active_requests", "draining", "metrics_url")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    METRICS_URL_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_seconds: float
     active_requests: int
     max_active_requests: int
     draining: bool
-    def __init__(self, version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., active_requests: _Optional[int] = ..., max_active_requests: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    metrics_url: str
+    def __init__(self, version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., active_requests: _Optional[int] = ..., max_active_requests: _Optional[int] = ..., draining: _Optional[bool] = ..., metrics_url: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ()

@@ -33,6 +33,7 @@ class About:
     model_path: str
     model: ModelConfig
     version: str
+    metrics_url: str = ""  # empty: there are none
 
 
 class ControlService(control_pb2_grpc.ControlServicer):
@@ -51,6 +52,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             active_requests=self._gateway.num_active,
             max_active_requests=self._gateway.max_active_requests,
             draining=self._gateway.is_draining,
+            metrics_url=self._about.metrics_url,
         )
 
     async def GetModelInfo(

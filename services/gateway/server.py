@@ -1,9 +1,10 @@
 """The gRPC edge of a gateway's requests, and its life from listening to closed."""
 
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 
@@ -25,6 +26,9 @@ from services.gateway.stores import StoreSet
 from services.gateway.topology import TopologySource
 from services.gateway.workers import WorkerPool
 
+if TYPE_CHECKING:
+    from services.gateway.metrics_server import MetricsServer
+
 # After the gateway has ended every request, its handlers only have a last message to hand over.
 HANDLERS_GRACE_S = 1.0
 
@@ -44,6 +48,8 @@ class GatewayConfig:
     max_context_length: int | None = None  # None: what the model was made for
     default_max_tokens: int = 256
     max_active_requests: int = 256
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None  # None: no metrics; 0: any free port
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -77,12 +83,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
 
 class GatewayServer:
-    """A listening gateway: owner of its live requests, its worker channels and the server."""
+    """A listening gateway: owner of its live requests, its worker channels and the servers."""
 
-    def __init__(self, gateway: Gateway, server: rpc.RunningServer) -> None:
+    def __init__(
+        self, gateway: Gateway, server: rpc.RunningServer, metrics: "MetricsServer | None"
+    ) -> None:
         self.gateway = gateway
         self.address = server.address
         self._server = server
+        self._metrics = metrics
 
     @classmethod
     async def open(cls, config: GatewayConfig, topology: TopologySource) -> "GatewayServer":
@@ -95,30 +104,51 @@ class GatewayServer:
             Sessions(StoreSet()),
             max_active_requests=config.max_active_requests,
         )
-        inference = InferenceService(gateway)
-        about = About(str(config.model_dir), model, config.version)
-        care = SessionAdmin(gateway.sessions, gateway.workers, admission.limits)
-        server = await rpc.start_server(
-            [
-                rpc.Service(
-                    "model1.v1.Inference",
-                    partial(inference_pb2_grpc.add_InferenceServicer_to_server, inference),
-                ),
-                sessions_service(SessionsService(care, admission.tokenizer)),
-                control_service(ControlService(gateway, about, topology)),
-            ],
-            config.address,
-            max_receive_bytes=rpc.MAX_PUBLIC_MESSAGE_BYTES,
-        )
-        return cls(gateway, server)
+        async with AsyncExitStack() as opened:
+            metrics = await _open_metrics(gateway, config, topology)
+            if metrics is not None:
+                opened.push_async_callback(metrics.stop)
+            inference = InferenceService(gateway)
+            metrics_url = metrics.url if metrics is not None else ""
+            about = About(str(config.model_dir), model, config.version, metrics_url)
+            care = SessionAdmin(gateway.sessions, gateway.workers, admission.limits)
+            server = await rpc.start_server(
+                [
+                    rpc.Service(
+                        "model1.v1.Inference",
+                        partial(inference_pb2_grpc.add_InferenceServicer_to_server, inference),
+                    ),
+                    sessions_service(SessionsService(care, admission.tokenizer)),
+                    control_service(ControlService(gateway, about, topology)),
+                ],
+                config.address,
+                max_receive_bytes=rpc.MAX_PUBLIC_MESSAGE_BYTES,
+            )
+            opened.pop_all()
+        return cls(gateway, server, metrics)
 
     async def stop(self, grace_s: float) -> None:
         """Stop admitting, finish until `grace_s`, abort the rest, close."""
         await self._server.set_serving(False)
         await self.gateway.drain(grace_s)
         await self._server.stop(HANDLERS_GRACE_S)
+        if self._metrics is not None:  # as late as that: a drain is worth watching
+            await self._metrics.stop()
         await self.gateway.workers.close()
         await self.gateway.sessions.stores.close()
+
+
+async def _open_metrics(
+    gateway: Gateway, config: GatewayConfig, topology: TopologySource
+) -> "MetricsServer | None":
+    if config.metrics_port is None:
+        return None
+    # Here, so that a gateway without them need not import an HTTP server.
+    from services.gateway.metrics import ask_all
+    from services.gateway.metrics_server import MetricsServer
+
+    ask = partial(ask_all, gateway, config.version, topology)
+    return await MetricsServer.open(config.metrics_host, config.metrics_port, ask)
 
 
 def model_limits(model: ModelConfig, config: GatewayConfig) -> ModelLimits:

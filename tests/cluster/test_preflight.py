@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import GatewaySettings, ModelSettings
-from cluster.preflight import AddressTaken, check_address, checked_model
+from cluster.preflight import AddressTaken, check_addresses, checked_model
 from model1.errors import CheckpointError
 
 
@@ -43,13 +43,15 @@ def test_a_file_that_was_cut_off_is_named(tiny_checkpoint: Path, tmp_path: Path,
 
 
 def test_a_free_port_passes_and_a_taken_one_is_named() -> None:
-    check_address(GatewaySettings(port=0))
+    check_addresses(GatewaySettings(port=0))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(AddressTaken, match=f"port {port} is in use"):
-            check_address(GatewaySettings(port=port))
+            check_addresses(GatewaySettings(port=port))
+        with pytest.raises(AddressTaken, match=rf"{port} is in use; .* gateway\.metrics_port"):
+            check_addresses(GatewaySettings(port=0, metrics_port=port))
 
 
 def test_a_host_that_is_not_this_machine_is_named() -> None:
     with pytest.raises(AddressTaken, match="no-such-host"):
-        check_address(GatewaySettings(host="no-such-host.invalid"))
+        check_addresses(GatewaySettings(host="no-such-host.invalid"))

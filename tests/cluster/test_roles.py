@@ -1,5 +1,6 @@
 """A whole deployment in this process: the supervisor drives the real roles, without Ray."""
 
+import asyncio
 import os
 import socket
 import stat
@@ -24,6 +25,7 @@ from services.attention.kv_cache import KvCacheConfig
 from services.generation import KvUsage
 from services.rpc import AddressUnavailable
 from tests.services import tiny_model
+from tests.services.gateway.scraped import scraped
 
 PROMPT = tiny_model.prompt(20)
 
@@ -144,6 +146,18 @@ async def test_a_budget_of_bytes_says_how_many_tokens_a_worker_holds(
     with pytest.raises(ConfigError, match="not 1000"):
         async with deployed_here(too_few, socket_folder):
             pass
+
+
+async def test_metrics_are_where_the_settings_say(settings: Settings, socket_folder: Path) -> None:
+    gateway = settings.gateway.model_copy(update={"metrics_port": 0, "metrics_host": "127.0.0.2"})
+    settings = settings.model_copy(update={"gateway": gateway})
+    async with deployed_here(settings, socket_folder) as (at, _), connected(at) as client:
+        url = (await client.server_info()).metrics_url
+        assert url.startswith("http://127.0.0.2:")
+        metrics = await asyncio.to_thread(scraped, url)
+    assert metrics("model1_up", role="attention", name="attention-1") == 1
+    # Nobody tells the topology here, and the rest is told nevertheless.
+    assert metrics("model1_up", role="supervisor", name="supervisor") == 0
 
 
 async def test_only_the_owner_may_open_the_routers_socket(

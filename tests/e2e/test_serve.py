@@ -27,11 +27,15 @@ from tests.e2e.command import (
     wait_until_gone,
 )
 from tests.services import tiny_model
+from tests.services.gateway.scraped import scraped
 
 pytestmark = pytest.mark.timeout(300)
 
 
-def test_a_deployment_answers_like_the_model_and_leaves_nothing(tiny_checkpoint: Path) -> None:
+def test_a_deployment_answers_like_the_model_and_leaves_nothing(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL1_GATEWAY__METRICS_PORT", "0")
     prompt = tiny_model.prompt(20)
     expected = tiny_model.model().generate(prompt, max_tokens=12)
     as_ids = ",".join(map(str, prompt))
@@ -55,6 +59,12 @@ def test_a_deployment_answers_like_the_model_and_leaves_nothing(tiny_checkpoint:
         assert len(set(pids)) == len(pids)
         idle = [m["role"] for m in members if int(m["requests"]) == 0]
         assert sorted(idle) in (["supervisor"], ["kvstore", "supervisor"])
+
+        metrics = scraped(run_json("status", *endpoint)["server"]["metrics_url"])
+        for member in members:
+            assert metrics("model1_up", role=member["role"], name=member["name"]) == 1
+        assert metrics("model1_requests_ended_total", outcome="finished") == 2
+        assert metrics("model1_requests_ended_total", outcome="rejected") == 1
 
         stopping = _drains_while_a_request_streams(deployment.endpoint, deployment.process)
         assert stopping

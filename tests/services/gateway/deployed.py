@@ -74,7 +74,9 @@ class Deployment:
 
 
 @asynccontextmanager
-async def deployed(folder: Path, store: StoreAddress | None = None) -> AsyncIterator[Deployment]:
+async def deployed(
+    folder: Path, store: StoreAddress | None = None, *, metrics_port: int | None = None
+) -> AsyncIterator[Deployment]:
     """`store` is the KV store of both workers' node."""
     store_name, store_address = (store.name, store.address) if store else ("", "")
     model_dir = tiny_model.write_model_dir(folder)
@@ -90,6 +92,7 @@ async def deployed(folder: Path, store: StoreAddress | None = None) -> AsyncIter
         address="127.0.0.1:0",
         default_max_tokens=5,
         max_active_requests=MAX_ACTIVE,
+        metrics_port=metrics_port,
     )
     gateway = await GatewayServer.open(config, topology)
     await gateway.gateway.workers.update(
