@@ -55,7 +55,7 @@ class Restore:
 
     def __init__(self, keys: PromptKeys, parts: RestoreParts) -> None:
         self.keys = keys
-        # Which bodies are in place, and where they were before.
+        # Which bodies are in place, and where they were when the request came.
         self.origins: list[Source | None] = [None] * len(keys)
         self.was_late = False
         self.is_located = False
@@ -211,6 +211,7 @@ class Restore:
         """Bring these into place; what does not come is nowhere from now on."""
         store, cache, found = self._parts.store, self._parts.tails, self._found
         assert store is not None
+        were = {index: found.bodies[index] for index in bodies}
         for index in bodies:
             found.bodies[index] = None
         for index in tails:
@@ -233,7 +234,9 @@ class Restore:
                     if block.tier is None:
                         continue
                     if block.index < len(bodies):
-                        self.origins[bodies[block.index]] = Source(block.tier)
+                        index = bodies[block.index]
+                        # What this request had prefetched comes out of RAM, but was farther away.
+                        self.origins[index] = max(Source(block.tier), were[index] or Source.DEVICE)
                     else:
                         index = tails[block.index - len(bodies)]
                         slot = slots.pop(index)

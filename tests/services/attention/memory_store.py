@@ -56,6 +56,7 @@ class MemoryStore:
 
     async def prefetch(self, keys: Sequence[bytes]) -> None:
         self.prefetched += keys
+        self.tier_of.update(dict.fromkeys(keys, Tier.RAM))
 
     async def save(self, items: Sequence[SaveItem]) -> Saved:
         await self.gate.wait()
