@@ -53,5 +53,5 @@ def test_a_quick_run():
     found = json.loads(done.stdout)
     assert found["budgets"][0]["saved"] == 0
     assert {each["tier"] for each in found["resumed"]} >= {"ram", "disk"}
-    assert all(each["restored_tokens"] >= 128 for each in found["resumed"])
+    assert not [each for each in found["resumed"] if each["restored_tokens"] < 128]
     assert found["no_reuse"]["num_requests"] == 4

@@ -87,6 +87,7 @@ async def test_calls_under_way_on_a_frozen_replica_go_to_another(
         pending = []
         while not frozen.outstanding_pairs:
             pending.append((call := random_call(4), await plane.experts.submit(call)))
+            await asyncio.sleep(0.1)  # for the router to dispatch it
         noticed_ms = rpc.KEEPALIVE_INTERVAL_MS + rpc.KEEPALIVE_TIMEOUT_MS
         async with asyncio.timeout(noticed_ms / 1000 + 15):
             for call, sums in pending:
