@@ -44,19 +44,25 @@ class _PendingCall:
 
 
 class ReplicaLink:
-    def __init__(self, address: str) -> None:
+    """`connected_again` is called whenever a stream to the replica has been opened."""
+
+    def __init__(self, address: str, connected_again: Callable[[], None]) -> None:
         self.address = address
+        # A token of the stream in use: after a break there is another one, perhaps to another
+        # process, so that whoever failed on this one may be asked again.
+        self.stream: object | None = None
         self.calls = 0
         self.pairs = 0
         self.outstanding_pairs = 0
         self.breaks = 0
         self._pending: dict[int, _PendingCall] = {}
         self._retiring = False
+        self._connected_again = connected_again
         self._clock_offset_seconds = 0.0  # the replica's clock minus ours
         self._duplex = Duplex[expert_pb2.ExpertRows, expert_pb2.ExpertOutputs](
             address,
             _open_dispatch,
-            opened=self._read_clock,
+            opened=self._open,
             receive=self._receive,
             broken=self._break,
         )
@@ -116,10 +122,13 @@ class ReplicaLink:
                 self._duplex.cancel()
         return pending
 
-    def _read_clock(self, metadata: grpc.aio.Metadata) -> None:
+    def _open(self, metadata: grpc.aio.Metadata) -> None:
         # Read later than it was written, so a deadline comes out early by one latency, never late.
         there = float(str(metadata[CLOCK_KEY]))
-        self._clock_offset_seconds = there - asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        self._clock_offset_seconds = there - loop.time()
+        self.stream = object()
+        loop.call_soon(self._connected_again)  # not before the stream counts as connected
 
     def _receive(self, message: expert_pb2.ExpertOutputs) -> None:
         pending = self._remove(message.call_id)
@@ -142,6 +151,7 @@ class ReplicaLink:
 
     def _break(self, reason: str) -> None:
         self.breaks += 1
+        self.stream = None
         self._abandon(f"its stream broke: {reason}")
 
     def _abandon(self, reason: str) -> None:

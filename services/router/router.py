@@ -2,14 +2,15 @@
 
 A crossing is split by `routing`, its parts go out on the links, and their rows land in one array
 until none is missing. A part whose replica cannot answer is split and sent again; that is the one
-path for failure, draining and change of table. Knows no worker and no stream.
+path for failure, draining and change of table. Pairs that no replica takes wait for one, bounded.
+Knows no worker and no stream.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,15 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services import errors
+from services.router.crossing import Crossing, Part, Stranded
 from services.router.pairs import added_in_order, gather
 from services.router.replica_link import ReplicaLink, ReplicaUnusable
-from services.router.routing import NoReplica, RoutingTable
+from services.router.routing import ExpertGroup, RoutingTable
 from services.wire import LayerRows, MalformedCall, Words, first_outside
 
 log = logging.getLogger(__name__)
 
 MAX_CROSSINGS_UNDER_WAY = 256
 CONNECT_TIMEOUT_SECONDS = 10.0
+# Long enough for a supervisor to start another process and to load its weights.
+REPLICA_WAIT_SECONDS = 30.0
+# A replica that refused may take the same rows a little later; it sends no word when it does.
+RETRY_PAUSE_SECONDS = 0.1
 
 
 @dataclass(slots=True)
@@ -38,52 +44,26 @@ class RouterCounters:
     resent_parts: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """Pairs of a crossing that are under way on one link."""
-
-    link: ReplicaLink
-    positions: NDArray[np.intp]
-    tried: frozenset[str]  # the replicas that had these pairs, this one included
-
-
-class Crossing:
-    """One layer crossing under way: where its pair rows land, and what is still missing.
-
-    `done` is called once, with the sums [T, D] or with the reason why there are none; never after
-    Router.cancel.
-    """
-
-    def __init__(
-        self,
-        call: LayerRows,
-        timeout_seconds: float | None,
-        done: Callable[[NDArray[np.float32] | Exception], None],
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        self.call = call
-        self.done = done
-        self.deadline = None if timeout_seconds is None else loop.time() + timeout_seconds
-        self.timer: asyncio.TimerHandle | None = None
-        self.missing_pairs = call.expert_ids.size
-        self.pair_rows: Words = np.empty(
-            (call.expert_ids.size, call.rows.shape[1]), dtype=call.rows.dtype
-        )
-        self.parts: dict[_Part, int] = {}  # -> call id on its link
-
-
 class Router:
     """Build it inside the event loop; it serves once `update` gave it a table."""
 
-    def __init__(self, name: str, max_crossings_under_way: int = MAX_CROSSINGS_UNDER_WAY) -> None:
+    def __init__(
+        self,
+        name: str,
+        max_crossings_under_way: int = MAX_CROSSINGS_UNDER_WAY,
+        replica_wait_seconds: float = REPLICA_WAIT_SECONDS,
+    ) -> None:
         self.name = name
         self.counters = RouterCounters()
         self._max_crossings_under_way = max_crossings_under_way
-        self._table = RoutingTable.of(0, ())
-        self._links: dict[str, ReplicaLink] = {}  # of the table in use
+        self._replica_wait_seconds = replica_wait_seconds
+        self._table = RoutingTable.of(0, ())  # in use
+        self._newest = self._table  # in use too, or about to be
+        self._links: dict[str, ReplicaLink] = {}  # of both tables
         self._retired: set[ReplicaLink] = set()  # close when they owe nothing any more
         self._under_way: set[Crossing] = set()
-        self._updating = asyncio.Lock()
+        self._waiting: dict[Crossing, None] = {}  # some of their pairs are stranded; oldest first
+        self._changed = asyncio.Event()  # a link was opened, or pairs stranded
 
     @property
     def table(self) -> RoutingTable:
@@ -91,40 +71,52 @@ class Router:
 
     @property
     def links(self) -> tuple[ReplicaLink, ...]:
-        return tuple(self._links.values())
+        """Of the table in use."""
+        return tuple(self._links[address] for address in sorted(self._table.replicas))
 
     @property
     def num_under_way(self) -> int:
         return len(self._under_way)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     async def update(
         self, table: RoutingTable, connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS
     ) -> tuple[str, ...]:
         """Use `table` from now on; what is under way finishes where it is.
 
-        Waits first until its new replicas are connected, at most the timeout, and returns the
-        addresses that still are not (they are tried again in the background). An epoch that is not
-        above the one in use is refused with ValueError.
+        It is in use at once, unless that would take the last connected replica from an expert: then
+        as soon as it would not, or crossings wait, or the timeout is over. Returns when all of its
+        replicas are connected or the timeout is over: the addresses that are not (they are tried
+        again in the background). An epoch that is not above the newest one, or a table for another
+        number of experts, is refused with ValueError.
         """
-        async with self._updating:
-            if table.epoch <= self._table.epoch:
-                raise ValueError(
-                    f"epoch {table.epoch} is not above epoch {self._table.epoch} in use"
-                )
-            links = {
-                address: self._links.get(address) or ReplicaLink(address)
-                for address in sorted(table.replicas)
-            }
-            try:
-                missing = await _wait_connected(links, connect_timeout_seconds)
-            except asyncio.CancelledError:
-                self._retire(set(links.values()) - set(self._links.values()))
-                raise
-            previous, self._table, self._links = self._links, table, links
-            self._retire(set(previous.values()) - set(links.values()))
+        self._check_newer(table)
+        self._newest = table
+        for address in table.replicas - self._links.keys():
+            self._links[address] = ReplicaLink(address, self._link_opened)
+        give_up_at = asyncio.get_running_loop().time() + connect_timeout_seconds
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(give_up_at):
+                    while self._takes_away(table) and not self._waiting:
+                        await self._change()
+            self._use(table)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(give_up_at):
+                    while self._missing(table):
+                        await self._change()
+        except asyncio.CancelledError:
+            if self._newest is table:
+                self._newest = self._table
+                self._retire_unused()
+            raise
+        missing = self._missing(table)
         log.info(
             "routing_table_updated router=%s epoch=%d replicas=%d not_connected=%s",
-            *(self.name, table.epoch, len(links), ",".join(missing) or "-"),
+            *(self.name, table.epoch, len(table.replicas), ",".join(missing) or "-"),
         )
         return missing
 
@@ -142,9 +134,7 @@ class Router:
             self._finish(crossing, np.zeros(crossing.call.rows.shape, dtype=np.float32))
             return
         if crossing.deadline is not None:
-            crossing.timer = asyncio.get_running_loop().call_at(
-                crossing.deadline, self._expire, crossing
-            )
+            crossing.call_at(crossing.deadline, self._expire)
         self._send(crossing, np.arange(crossing.missing_pairs), frozenset(), reason="")
 
     def cancel(self, crossing: Crossing) -> None:
@@ -155,6 +145,7 @@ class Router:
         for crossing in tuple(self._under_way):
             self._finish(crossing, errors.ExpertsUnavailable(f"router {self.name} is closing"))
         links = (*self._links.values(), *self._retired)
+        self._newest = self._table = RoutingTable.of(self._newest.epoch, ())
         self._links, self._retired = {}, set()
         await asyncio.gather(*(link.close() for link in links))
 
@@ -176,31 +167,30 @@ class Router:
         self,
         crossing: Crossing,
         positions: NDArray[np.intp],
-        tried: frozenset[str],
+        tried: frozenset[object],
         *,
         reason: str,
     ) -> None:
+        if crossing not in self._under_way:
+            return  # it ended while its other pairs were sent
         loads = {
             address: link.load
             for address, link in self._links.items()
-            if link.connected and address not in tried
+            if link.connected and link.stream not in tried
         }
-        try:
-            shares = self._table.split(crossing.call.expert_ids.reshape(-1)[positions], loads)
-        except NoReplica as error:
-            words = f"layer {crossing.call.layer}: {error}" + (f" ({reason})" if reason else "")
-            self._finish(crossing, errors.ExpertsUnavailable(words))
-            return
-        for share in shares:
+        split = self._table.split(crossing.call.expert_ids.reshape(-1)[positions], loads)
+        for share in split.shares:
             link = self._links[share.replica]
-            part = _Part(link, positions[share.positions], tried | {share.replica})
+            part = Part(link, positions[share.positions], tried | {link.stream})
             crossing.parts[part] = link.submit(
                 gather(crossing.call, part.positions),
                 crossing.deadline,
                 partial(self._answered, crossing, part),
             )
+        for group, stranded in split.stranded:
+            self._strand(crossing, Stranded(group, positions[stranded], tried, reason))
 
-    def _answered(self, crossing: Crossing, part: _Part, result: Words | Exception) -> None:
+    def _answered(self, crossing: Crossing, part: Part, result: Words | Exception) -> None:
         if crossing.parts.pop(part, None) is None:
             return  # another part of it failed for good when the same stream broke
         if isinstance(result, ReplicaUnusable):
@@ -215,9 +205,49 @@ class Router:
                 num_rows = len(crossing.call.rows)
                 self._finish(crossing, added_in_order(crossing.pair_rows, num_rows))
 
+    def _strand(self, crossing: Crossing, stranded: Stranded) -> None:
+        """They go out again when a link opens or a new table is used, or fail when one crossing
+        has waited for too long."""
+        if crossing not in self._under_way:
+            return
+        crossing.stranded.append(stranded)
+        self._waiting[crossing] = None
+        self._changed.set()
+        loop = asyncio.get_running_loop()
+        if crossing.give_up_at is None:
+            crossing.give_up_at = loop.time() + self._replica_wait_seconds
+            crossing.call_at(crossing.give_up_at, self._give_up)
+        elif crossing.give_up_at <= loop.time():
+            self._give_up(crossing)
+        links = (self._links[address] for address in stranded.group.replicas)
+        if any(link.stream is not None for link in links):
+            crossing.call_at(loop.time() + RETRY_PAUSE_SECONDS, self._try_again, stranded)
+
+    def _try_again(self, crossing: Crossing, stranded: Stranded) -> None:
+        if stranded in crossing.stranded:
+            crossing.stranded.remove(stranded)
+            if not crossing.stranded:
+                del self._waiting[crossing]
+            self._send(crossing, stranded.positions, frozenset(), reason=stranded.reason)
+
+    def _wake(self) -> None:
+        """Pairs that waited may find a replica now."""
+        waiting, self._waiting = self._waiting, {}
+        for crossing in waiting:
+            entries, crossing.stranded = crossing.stranded, []
+            for entry in entries:
+                self._send(crossing, entry.positions, entry.tried, reason=entry.reason)
+
+    def _give_up(self, crossing: Crossing) -> None:
+        if crossing.stranded:
+            words = f"layer {crossing.call.layer}: {crossing.stranded[0]}"
+            self._finish(crossing, errors.ExpertsUnavailable(words))
+
     def _expire(self, crossing: Crossing) -> None:
-        waiting_for = ", ".join(sorted(part.link.address for part in crossing.parts))
-        late = f"layer {crossing.call.layer}: the deadline passed while waiting for {waiting_for}"
+        late = (
+            f"layer {crossing.call.layer}: the deadline passed while waiting for "
+            f"{crossing.waits_for()}"
+        )
         self._finish(crossing, errors.DeadlineExceeded(late))
 
     def _finish(self, crossing: Crossing, result: NDArray[np.float32] | Exception) -> None:
@@ -228,26 +258,63 @@ class Router:
 
     def _leave(self, crossing: Crossing) -> None:
         self._under_way.discard(crossing)
-        if crossing.timer:
-            crossing.timer.cancel()
+        self._waiting.pop(crossing, None)
+        crossing.stranded.clear()
+        crossing.cancel_timers()
         parts, crossing.parts = crossing.parts, {}
         for part, call_id in parts.items():
             part.link.forget(call_id)
 
-    def _retire(self, links: set[ReplicaLink]) -> None:
-        self._retired = {link for link in self._retired if not link.closed} | links
-        for link in links:
+    def _link_opened(self) -> None:
+        self._changed.set()
+        self._wake()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    def _check_newer(self, table: RoutingTable) -> None:
+        if table.epoch <= self._newest.epoch:
+            raise ValueError(f"epoch {table.epoch} is not above epoch {self._newest.epoch} in use")
+        if self._table.epoch and table.num_experts != self._table.num_experts:
+            raise ValueError(
+                f"epoch {table.epoch} has {table.num_experts} experts, epoch {self._table.epoch} "
+                f"in use has {self._table.num_experts}"
+            )
+
+    def _use(self, table: RoutingTable) -> None:
+        if table.epoch > self._table.epoch:  # else a newer one came first
+            self._table = table
+            self._retire_unused()
+            self._wake()
+
+    def _takes_away(self, table: RoutingTable) -> bool:
+        """Whether an expert that is reached now would have to wait for a replica to connect."""
+        lost = {
+            expert_id
+            for group in table.groups
+            if group.replicas and not self._reached(group)
+            for expert_id in group.expert_ids
+        }
+        return any(
+            self._reached(group) and not lost.isdisjoint(group.expert_ids)
+            for group in self._table.groups
+        )
+
+    def _reached(self, group: ExpertGroup) -> bool:
+        return any(self._is_connected(address) for address in group.replicas)
+
+    def _is_connected(self, address: str) -> bool:
+        link = self._links.get(address)
+        return link is not None and link.connected
+
+    def _missing(self, table: RoutingTable) -> tuple[str, ...]:
+        return tuple(each for each in sorted(table.replicas) if not self._is_connected(each))
+
+    def _retire_unused(self) -> None:
+        wanted = self._table.replicas | self._newest.replicas
+        self._retired = {link for link in self._retired if not link.closed}
+        for address in self._links.keys() - wanted:
+            link = self._links.pop(address)
+            self._retired.add(link)
             link.retire()
-
-
-async def _wait_connected(links: dict[str, ReplicaLink], timeout_seconds: float) -> tuple[str, ...]:
-    waiting = [
-        asyncio.create_task(link.wait_connected()) for link in links.values() if not link.connected
-    ]
-    if waiting:
-        try:
-            await asyncio.wait(waiting, timeout=timeout_seconds)
-        finally:
-            for task in waiting:
-                task.cancel()
-    return tuple(address for address, link in links.items() if not link.connected)

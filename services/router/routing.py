@@ -31,19 +31,19 @@ class ExpertGroup:
         return f"group of experts {_ranges(self.expert_ids)} on {', '.join(self.replicas) or '-'}"
 
 
-class NoReplica(LookupError):
-    """None of the replicas that hold a needed expert may be used now."""
-
-    def __init__(self, group: ExpertGroup) -> None:
-        super().__init__(f"no usable replica for the {group}")
-        self.group = group
-
-
 class Share(NamedTuple):
     """The pairs that go to one replica in one message."""
 
     replica: str
     positions: NDArray[np.intp]  # into the pairs that were split, ascending
+
+
+class Split(NamedTuple):
+    """Every pair that was split is in exactly one of them."""
+
+    shares: list[Share]
+    # The pairs of groups of which no replica may be used now.
+    stranded: list[tuple[ExpertGroup, NDArray[np.intp]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,30 +76,34 @@ class RoutingTable:
     def replicas(self) -> frozenset[str]:
         return frozenset(replica for group in self.groups for replica in group.replicas)
 
-    def split(self, expert_ids: NDArray[np.int32], loads: Mapping[str, Load]) -> list[Share]:
+    def split(self, expert_ids: NDArray[np.int32], loads: Mapping[str, Load]) -> Split:
         """Which replica gets which of the pairs `expert_ids` [P].
 
         `loads` names the replicas that may be used. Every group with pairs takes its least loaded
-        replica; groups that take the same one share a message. Raises NoReplica.
+        replica; groups that take the same one share a message.
         """
         group_of_pair = self.group_of_expert[expert_ids]  # [P]
         wanted = np.flatnonzero(np.bincount(group_of_pair, minlength=len(self.groups)))
         chosen: dict[str, int] = {}  # replica -> share
+        stranded: list[tuple[ExpertGroup, NDArray[np.intp]]] = []
         share_of_group = np.zeros(len(self.groups), dtype=np.intp)
         for group_id in wanted.tolist():
             group = self.groups[group_id]
             usable = [replica for replica in group.replicas if replica in loads]
-            if not usable:
-                raise NoReplica(group)
-            replica = min(usable, key=lambda address: loads[address])
-            share_of_group[group_id] = chosen.setdefault(replica, len(chosen))
-        if len(chosen) == 1:
-            return [Share(replica, np.arange(len(expert_ids))) for replica in chosen]
+            if usable:
+                replica = min(usable, key=lambda address: loads[address])
+                share_of_group[group_id] = chosen.setdefault(replica, len(chosen))
+            else:
+                share_of_group[group_id] = -1
+                stranded.append((group, np.flatnonzero(group_of_pair == group_id)))
+        if len(chosen) == 1 and not stranded:
+            return Split([Share(replica, np.arange(len(expert_ids))) for replica in chosen], [])
         share_of_pair = share_of_group[group_of_pair]  # [P]
-        return [
+        shares = [
             Share(replica, np.flatnonzero(share_of_pair == share))
             for replica, share in chosen.items()
         ]
+        return Split(shares, stranded)
 
 
 def _ranges(ids: Sequence[int]) -> str:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from protos import router_pb2, router_pb2_grpc
 from services import rpc, wire
 from services.duplex import answer
-from services.router.router import Crossing, Router
+from services.router.crossing import Crossing
+from services.router.router import Router
 
 
 class RouterServicer(router_pb2_grpc.RouterServicer):

@@ -18,7 +18,7 @@ from services.attention.experts import RoutedExperts
 from services.duplex import CLOCK_KEY
 from services.expert.replica import ExpertReplica
 from services.expert.server import expert_service
-from services.router.router import Router
+from services.router.router import REPLICA_WAIT_SECONDS, Router
 from services.router.routing import RoutingTable
 from services.router.server import router_service
 from tests.services.expert_banks import NUM_EXPERTS, seeded_bank
@@ -104,6 +104,7 @@ async def dispatch_plane(
     num_groups: int = 2,
     replicas_per_group: int = 1,
     dtype: torch.dtype = torch.float32,
+    replica_wait_seconds: float = REPLICA_WAIT_SECONDS,
 ) -> AsyncIterator[DispatchPlane]:
     groups = even_groups(num_groups)
     replicas: dict[str, ExpertReplica] = {}
@@ -119,7 +120,7 @@ async def dispatch_plane(
                 )
                 stack.push_async_callback(servers[address].stop, 0.5)
                 addresses[-1].append(address)
-        router = Router("router-0")
+        router = Router("router-0", replica_wait_seconds=replica_wait_seconds)
         stack.push_async_callback(router.close)
         assert await router.update(table_of(1, groups, addresses)) == ()
         router_server = await rpc.start_server(

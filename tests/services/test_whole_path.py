@@ -80,7 +80,7 @@ async def deployed(
                 servers.append(await stack.enter_async_context(server))
             replicas += servers
             replicas_of_expert += [[server.address for server in servers]] * size
-        router = Router("router-0")
+        router = Router("router-0", replica_wait_seconds=0.2)
         stack.push_async_callback(router.close)
         assert await router.update(RoutingTable.of(1, replicas_of_expert)) == ()
         listening = await rpc.start_server(

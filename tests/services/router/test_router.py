@@ -14,7 +14,8 @@ import torch
 
 from protos import expert_pb2, router_pb2, router_pb2_grpc, tensor_pb2
 from services import rpc, wire
-from services.errors import ExpertsUnavailable
+from services.errors import DeadlineExceeded, ExpertsUnavailable
+from services.router.routing import RoutingTable
 from services.wire import LayerRows
 from tests.services.dispatch_plane import (
     DispatchPlane,
@@ -95,18 +96,81 @@ async def test_calls_under_way_on_a_frozen_replica_go_to_another(
         assert (frozen.connected, frozen.breaks) == (False, 1)
 
 
-async def test_the_last_replica_lost_fails_the_call_and_names_its_group(tmp_path: Path) -> None:
-    async with dispatch_plane(tmp_path, num_groups=2) as plane:
+async def test_crossings_wait_for_the_last_replica_of_a_group(
+    tmp_path: Path, replica_process: tuple[subprocess.Popen[str], str]
+) -> None:
+    process, address = replica_process
+    async with dispatch_plane(tmp_path, num_groups=1) as plane:
+        await plane.router.update(table_of(2, EVERY_EXPERT, [[address]]))
         await _assert_exact(plane)
+        os.kill(process.pid, signal.SIGSTOP)  # so that it dies with calls under way
+        calls = [random_call(4, layer=seed % 3, seed=seed) for seed in range(6)]
+        pending = [await plane.experts.submit(call) for call in calls[:3]]
+        await until(lambda: plane.router.num_under_way == 3)
+        os.kill(process.pid, signal.SIGKILL)
+        await until(lambda: plane.router.num_waiting == 3)
+        pending += [await plane.experts.submit(call) for call in calls[3:]]
+        await until(lambda: plane.router.num_waiting == 6)
+        # It comes back at its address: the router finds it by itself.
+        _, server = await start_replica(address, range(8))
+        async with asyncio.timeout(30), server:
+            for call, sums in zip(calls, pending, strict=True):
+                assert torch.equal(await sums, plane.expected(call))
+        assert (plane.router.counters.failed_calls, plane.router.num_waiting) == (0, 0)
+
+
+async def test_crossings_that_wait_take_a_new_table_at_once(tmp_path: Path) -> None:
+    async with dispatch_plane(tmp_path, num_groups=2) as plane:
+        lost, kept = plane.servers
+        await plane.servers[lost].stop(grace_seconds=0.0)
+        call = random_call(5)
+        sums = await plane.experts.submit(call)
+        await until(lambda: plane.router.num_waiting == 1)
+        # Published in two steps: first the loss, then what takes its place, beside an absent one.
+        groups = [list(range(4)), list(range(4, 8))]
+        async with asyncio.timeout(5):
+            await plane.router.update(table_of(2, groups, [[], [kept]]))
+        assert not sums.done()
+        new, absent = f"unix:{tmp_path}/new.sock", f"unix:{tmp_path}/absent.sock"
+        _, server = await start_replica(new, range(4))
+        updating = asyncio.create_task(
+            plane.router.update(table_of(3, groups, [[absent, new], [kept]]))
+        )
+        async with asyncio.timeout(30), server:
+            assert torch.equal(await sums, plane.expected(call))
+            assert not updating.done()  # it still waits for the absent one
+            # A newer table is not held up by that.
+            assert await plane.router.update(table_of(4, groups, [[new], [kept]])) == ()
+            await _assert_exact(plane)
+            updating.cancel()
+
+
+async def test_a_new_table_does_not_take_away_what_works(tmp_path: Path) -> None:
+    async with dispatch_plane(tmp_path, num_groups=1) as plane:
+        new = f"unix:{tmp_path}/new.sock"
+        updating = asyncio.create_task(plane.router.update(table_of(2, EVERY_EXPERT, [[new]])))
+        await _assert_exact(plane)
+        assert plane.router.table.epoch == 1  # for nobody listens at the new address
+        _, server = await start_replica(new, range(8))
+        async with asyncio.timeout(30), server:
+            assert await updating == ()
+            assert plane.router.table.epoch == 2
+            await _assert_exact(plane)
+        assert plane.router.counters.failed_calls == 0
+
+
+async def test_a_group_that_stays_without_a_replica_fails_its_crossings_by_name(
+    tmp_path: Path,
+) -> None:
+    async with dispatch_plane(tmp_path, num_groups=2, replica_wait_seconds=0.05) as plane:
         lost = next(iter(plane.servers))
         await plane.servers[lost].stop(grace_seconds=0.0)
         with pytest.raises(ExpertsUnavailable, match=f"group of experts 0-3 on {lost}"):
             await _assert_exact(plane)
-        # It comes back at its address: the router finds it by itself.
-        _, server = await start_replica(lost, range(4))
-        async with asyncio.timeout(30), server:
-            await asyncio.gather(*(link.wait_connected() for link in plane.router.links))
-            await _assert_exact(plane)
+        with pytest.raises(DeadlineExceeded):
+            await (await plane.experts.submit(random_call(5), timeout_seconds=0.02))
+        await until(lambda: not plane.router.num_under_way)
+        assert plane.router.num_waiting == 0
 
 
 async def test_draining_a_replica_loses_no_call(tmp_path: Path) -> None:
@@ -146,7 +210,7 @@ async def test_a_wrong_answer_or_a_refusal_sends_the_rows_elsewhere(
 ) -> None:
     scripted = ScriptedExpert(reply)
     async with (
-        dispatch_plane(tmp_path, num_groups=1) as plane,
+        dispatch_plane(tmp_path, num_groups=1, replica_wait_seconds=0.2) as plane,
         scripted.serving(f"unix:{tmp_path}/bad.sock") as bad,
     ):
         await _assert_exact(plane)  # now the good one has had more pairs: the other goes first
@@ -213,6 +277,13 @@ async def test_an_epoch_that_is_not_newer_is_refused(tmp_path: Path) -> None:
             await plane.router.update(plane.router.table)
 
 
+async def test_a_table_for_another_number_of_experts_is_refused(tmp_path: Path) -> None:
+    async with dispatch_plane(tmp_path) as plane:
+        with pytest.raises(ValueError, match="epoch 2 has 4 experts, epoch 1 in use has 8"):
+            await plane.router.update(RoutingTable.of(2, [()] * 4))
+        await _assert_exact(plane)
+
+
 async def test_an_update_reports_replicas_that_do_not_answer_and_serves_the_rest(
     tmp_path: Path,
 ) -> None:
@@ -238,8 +309,8 @@ async def test_stats_report_table_load_and_replicas(tmp_path: Path) -> None:
         assert all(replica.connected for replica in stats.replicas)
 
 
-async def test_a_router_without_a_table_refuses_by_name(tmp_path: Path) -> None:
-    async with dispatch_plane(tmp_path) as plane:
+async def test_a_group_without_replicas_fails_by_name(tmp_path: Path) -> None:
+    async with dispatch_plane(tmp_path, replica_wait_seconds=0.05) as plane:
         await plane.router.update(table_of(2, EVERY_EXPERT, [[]]))
         with pytest.raises(ExpertsUnavailable, match="group of experts 0-7 on -"):
             await _assert_exact(plane)

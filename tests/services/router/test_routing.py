@@ -1,9 +1,8 @@
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.router.routing import Load, NoReplica, RoutingTable
+from services.router.routing import Load, RoutingTable
 
 IDLE = Load(0, 0)
 
@@ -28,7 +27,7 @@ def test_experts_with_the_same_replicas_form_a_group() -> None:
 
 def test_each_group_takes_its_least_loaded_replica() -> None:
     table = RoutingTable.of(1, [["a", "b"], ["c", "d"]])
-    shares = table.split(_ids(0, 1, 0), _loads("b", "c", a=Load(5, 0), d=Load(1, 0)))
+    shares = table.split(_ids(0, 1, 0), _loads("b", "c", a=Load(5, 0), d=Load(1, 0))).shares
     assert [(share.replica, share.positions.tolist()) for share in shares] == [
         ("b", [0, 2]),
         ("c", [1]),
@@ -38,46 +37,54 @@ def test_each_group_takes_its_least_loaded_replica() -> None:
 def test_equal_debts_go_to_the_replica_that_has_had_less() -> None:
     table = RoutingTable.of(1, [["a", "b"]])
     loads = {"a": Load(0, 100), "b": Load(0, 90)}
-    assert [share.replica for share in table.split(_ids(0), loads)] == ["b"]
+    assert [share.replica for share in table.split(_ids(0), loads).shares] == ["b"]
 
 
 def test_groups_that_take_the_same_replica_share_a_message() -> None:
     table = RoutingTable.of(1, [["a", "b"], ["a"]])
-    shares = table.split(_ids(1, 0), _loads("a", b=Load(9, 9)))
+    shares = table.split(_ids(1, 0), _loads("a", b=Load(9, 9))).shares
     assert [(share.replica, share.positions.tolist()) for share in shares] == [("a", [0, 1])]
 
 
 def test_a_replica_that_may_not_be_used_is_passed_over() -> None:
     table = RoutingTable.of(1, [["a", "b"]])
-    assert [share.replica for share in table.split(_ids(0), {"b": Load(99, 99)})] == ["b"]
+    assert [share.replica for share in table.split(_ids(0), {"b": Load(99, 99)}).shares] == ["b"]
 
 
-def test_no_usable_replica_names_the_group() -> None:
-    table = RoutingTable.of(1, [["a"], ["b"], ["b"], ["a"], ["b"]])
-    with pytest.raises(NoReplica, match=r"group of experts 1-2,4 on b"):
-        table.split(_ids(0, 1), _loads("a"))
+def test_pairs_without_a_usable_replica_are_named_by_group_and_the_others_go() -> None:
+    table = RoutingTable.of(1, [["a"], ["b"], ["b"], [], ["b"]])
+    shares, stranded = table.split(_ids(1, 0, 4, 0, 3), _loads("a"))
+    assert [(share.replica, share.positions.tolist()) for share in shares] == [("a", [1, 3])]
+    assert [(str(group), positions.tolist()) for group, positions in stranded] == [
+        ("group of experts 1-2,4 on b", [0, 2]),
+        ("group of experts 3 on -", [4]),
+    ]
 
 
 def test_a_group_without_pairs_needs_no_replica() -> None:
     table = RoutingTable.of(1, [["a"], []])
-    assert [share.replica for share in table.split(_ids(0), _loads("a"))] == ["a"]
+    assert [share.replica for share in table.split(_ids(0), _loads("a")).shares] == ["a"]
 
 
 @given(
-    replicas_of_expert=st.lists(
-        st.sets(st.sampled_from("abcd"), min_size=1), min_size=1, max_size=12
-    ),
+    replicas_of_expert=st.lists(st.sets(st.sampled_from("abcd")), min_size=1, max_size=12),
+    usable=st.sets(st.sampled_from("abcd")),
     data=st.data(),
 )
-def test_every_pair_goes_to_exactly_one_replica_that_holds_its_expert(
-    replicas_of_expert: list[set[str]], data: st.DataObject
+def test_every_pair_goes_to_exactly_one_usable_replica_of_its_expert_or_is_stranded(
+    replicas_of_expert: list[set[str]], usable: set[str], data: st.DataObject
 ) -> None:
     table = RoutingTable.of(1, [sorted(replicas) for replicas in replicas_of_expert])
     expert = st.integers(0, len(replicas_of_expert) - 1)
     ids = np.array(data.draw(st.lists(expert, min_size=1, max_size=40)), dtype=np.int32)
-    shares = table.split(ids, _loads("a", "b", "c", "d"))
+    shares, stranded = table.split(ids, _loads(*usable))
     assert len({share.replica for share in shares}) == len(shares)
-    assert sorted(p for share in shares for p in share.positions.tolist()) == list(range(len(ids)))
+    parts = [*(share.positions for share in shares), *(positions for _, positions in stranded)]
+    assert sorted(p for positions in parts for p in positions.tolist()) == list(range(len(ids)))
     for share in shares:
         assert (np.diff(share.positions) > 0).all()
+        assert share.replica in usable
         assert all(share.replica in replicas_of_expert[ids[p]] for p in share.positions)
+    for group, positions in stranded:
+        assert usable.isdisjoint(group.replicas)
+        assert all(ids[p] in group.expert_ids for p in positions)
