@@ -61,7 +61,12 @@ class Duplex(Generic[Request, Response]):
     @property
     def connected(self) -> bool:
         """A peer that has stopped reading counts as gone."""
-        return self._connected.is_set() and self._outbox.qsize() < MAX_UNSENT_MESSAGES
+        return self._connected.is_set() and not self.choked
+
+    @property
+    def choked(self) -> bool:
+        """The stream is open, and its peer has left too much unread."""
+        return self._connected.is_set() and self._outbox.qsize() >= MAX_UNSENT_MESSAGES
 
     @property
     def closed(self) -> bool:

@@ -27,6 +27,8 @@ KEEPALIVE_INTERVAL_MS = 10_000
 # Long enough for a starved machine: a peer taken for dead loses every call on the connection.
 KEEPALIVE_TIMEOUT_MS = 15_000
 MAX_RECONNECT_BACKOFF_MS = 2_000
+# A try at a Unix socket is one system call, and whoever waits there waits for a restart.
+MAX_LOCAL_RECONNECT_BACKOFF_MS = 100
 DEFAULT_GRACE_SECONDS = 5.0
 
 _SHARED_OPTIONS: list[tuple[str, int]] = [
@@ -163,7 +165,10 @@ async def start_server(
 
 def channel(address: str) -> grpc.aio.Channel:
     """A channel to one peer with the same limits as the servers; use it as a context manager."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    options = dict(CHANNEL_OPTIONS)
+    if address.startswith("unix:"):
+        options["grpc.max_reconnect_backoff_ms"] = MAX_LOCAL_RECONNECT_BACKOFF_MS
+    return grpc.aio.insecure_channel(address, options=list(options.items()))
 
 
 def _bind(server: grpc.aio.Server, address: str) -> str:

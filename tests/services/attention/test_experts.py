@@ -1,21 +1,19 @@
 import asyncio
 import queue
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from model1.moe import ExpertCall
-from services import rpc
 from services.attention.experts import RoutedExperts
 from services.errors import DeadlineExceeded, ExpertsUnavailable, ModelMismatch, QueueFull
 from services.expert.replica import ExpertReplica
-from services.router.server import router_service
 from services.wire import ExpertRows, Words
 from tests.services.dispatch_plane import (
     DispatchPlane,
@@ -25,6 +23,7 @@ from tests.services.dispatch_plane import (
     until,
 )
 from tests.services.expert_banks import random_call
+from tests.services.router_process import RouterProcess
 
 
 def _slow_down(replica: ExpertReplica, seconds: float) -> None:
@@ -170,24 +169,59 @@ async def test_a_worker_that_leaves_without_a_word_has_its_crossings_dropped(
             await sent
 
 
-async def test_a_router_that_goes_fails_the_calls_and_is_found_again(tmp_path: Path) -> None:
-    async with (
-        dispatch_plane(tmp_path) as plane,
-        ScriptedExpert().serving(f"unix:{tmp_path}/silent.sock") as silent,
-    ):
-        address, table = plane.router_server.address, plane.router.table
-        await plane.router.update(table_of(2, [range(8)], [[silent]]))
-        sent = await plane.experts.submit(random_call(2))
+@pytest.fixture
+def router_process(tmp_path: Path) -> Iterator[RouterProcess]:
+    process = RouterProcess(f"unix:{tmp_path}/router-process.sock")
+    yield process
+    process.kill()
+
+
+async def test_crossings_under_way_outlive_their_router(
+    tmp_path: Path, router_process: RouterProcess
+) -> None:
+    async with dispatch_plane(tmp_path, num_groups=1) as plane:
+        (replica,) = plane.servers
+        await router_process.start(replica)
+        experts = await RoutedExperts.open(router_process.address, 30.0)
+        first = random_call(2)
+        assert torch.equal(await (await experts.submit(first)), plane.expected(first))
+        router_process.signal(signal.SIGSTOP)  # so that it dies with calls unanswered
+        calls = [random_call(4, layer=seed % 3, seed=seed) for seed in range(6)]
+        pending = [await experts.submit(call) for call in calls[:2]]
+        given_up = await experts.submit(calls[2])
+        router_process.kill()
+        await until(lambda: not experts.connected)
+        pending += [await experts.submit(call) for call in calls[2:]]
+        given_up.cancel()
+        await router_process.start(replica)
+        async with asyncio.timeout(30):
+            for call, sums in zip([*calls[:2], *calls[2:]], pending, strict=True):
+                assert torch.equal(await sums, plane.expected(call))
+        await experts.close()
+
+
+async def test_a_router_that_stays_away_fails_the_call_at_its_deadline(tmp_path: Path) -> None:
+    async with dispatch_plane(tmp_path) as plane:
         await plane.router_server.stop(grace_seconds=0.0)
-        with pytest.raises(ExpertsUnavailable, match=f"the router at {address} broke"):
-            await sent
-        with pytest.raises(ExpertsUnavailable, match=f"no connection to the router at {address}"):
-            await plane.experts.submit(random_call(2))
-        await plane.router.update(replace(table, epoch=3))
-        async with await rpc.start_server([router_service(plane.router)], address):
-            await until(lambda: plane.experts.connected)
-            call = random_call(2)
-            assert torch.equal(await (await plane.experts.submit(call)), plane.expected(call))
+        await until(lambda: not plane.experts.connected)
+        sums = await plane.experts.submit(random_call(2), timeout_seconds=0.05)
+        address = plane.router_server.address
+        with pytest.raises(
+            DeadlineExceeded, match=f"router at {address} within 0.05 s .no connection: "
+        ):
+            await sums
+
+
+async def test_crossings_kept_for_a_router_are_bounded_and_end_with_the_link(
+    tmp_path: Path,
+) -> None:
+    experts = RoutedExperts(f"unix:{tmp_path}/none.sock", max_calls_under_way=1)
+    sums = await experts.submit(random_call(1))
+    with pytest.raises(QueueFull, match="1 layer crossings"):
+        await experts.submit(random_call(1))
+    await experts.close()
+    with pytest.raises(ExpertsUnavailable, match="was closed"):
+        await sums
 
 
 async def test_no_router_is_an_error_that_names_the_address(tmp_path: Path) -> None:
