@@ -14,11 +14,12 @@ from typing import Any
 from cluster.bench_kv.bandwidth import measure_bandwidth
 from cluster.bench_kv.budget import Load, measure_budgets
 from cluster.bench_kv.no_reuse import measure_no_reuse
-from cluster.bench_kv.plot import require_plot, write_plot
+from cluster.bench_kv.plot import write_plot
 from cluster.bench_kv.report import Report, as_dict, print_tables
 from cluster.bench_kv.resume import measure_resume
 from cluster.bench_kv.rig import Rig, tell
 from cluster.bench_kv.store_process import StoreSettings, bench_store
+from cluster.figure import require_plot
 from cluster.ray_session import COMPUTE_ENVIRONMENT
 from services.kvstore.tier import Tier
 
