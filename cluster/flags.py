@@ -125,6 +125,10 @@ def probability(text: str) -> float:
     return _number(text, float, "above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
+def ratio(text: str) -> float:
+    return _number(text, float, "0 or more", lambda value: math.isfinite(value) and value >= 0)
+
+
 def seconds(text: str) -> float:
     """90, 90s, 15m, 2h, 7d."""
     number, factor = _unit(text, _SECONDS_OF_UNIT)

@@ -1,7 +1,7 @@
 """The command line: verbs and flags in, an exit code out.
 
-The verbs themselves are in verbs.py and session_verbs.py. Exit codes: 0 ok, 1 failed, 2 usage,
-3 unreachable.
+The verbs themselves are in verbs.py, session_verbs.py and plan_verbs.py. Exit codes: 0 ok,
+1 failed, 2 usage, 3 unreachable.
 """
 
 import argparse
@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from cluster.config import SettingsError
+from cluster.plan_verbs import VERBS as PLAN_VERBS
 from cluster.session_verbs import VERBS as SESSION_VERBS
 from cluster.verbs import VERBS as DEPLOYMENT_VERBS
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE = 0, 1, 2, 3
 
-VERBS = DEPLOYMENT_VERBS | SESSION_VERBS
+VERBS = DEPLOYMENT_VERBS | SESSION_VERBS | PLAN_VERBS
 
 
 class _Parser(argparse.ArgumentParser):
