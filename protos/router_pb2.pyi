@@ -48,7 +48,7 @@ class RouterStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RouterStatsResponse(_message.Message):
-    __slots__ = ("router", "epoch", "calls", "rows", "failed_calls", "resent_parts", "calls_under_way", "replicas")
+    __slots__ = ("router", "epoch", "calls", "rows", "failed_calls", "resent_parts", "calls_under_way", "replicas", "calls_waiting", "hedged_parts", "hedges_won", "probe_parts", "expert_pairs")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CALLS_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,11 @@ class RouterStatsResponse(_message.Message):
     RESENT_PARTS_FIELD_NUMBER: _ClassVar[int]
     CALLS_UNDER_WAY_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    CALLS_WAITING_FIELD_NUMBER: _ClassVar[int]
+    HEDGED_PARTS_FIELD_NUMBER: _ClassVar[int]
+    HEDGES_WON_FIELD_NUMBER: _ClassVar[int]
+    PROBE_PARTS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_PAIRS_FIELD_NUMBER: _ClassVar[int]
     router: str
     epoch: int
     calls: int
@@ -65,20 +70,31 @@ class RouterStatsResponse(_message.Message):
     resent_parts: int
     calls_under_way: int
     replicas: _containers.RepeatedCompositeFieldContainer[RouterReplicaStats]
-    def __init__(self, router: _Optional[str] = ..., epoch: _Optional[int] = ..., calls: _Optional[int] = ..., rows: _Optional[int] = ..., failed_calls: _Optional[int] = ..., resent_parts: _Optional[int] = ..., calls_under_way: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[RouterReplicaStats, _Mapping]]] = ...) -> None: ...
+    calls_waiting: int
+    hedged_parts: int
+    hedges_won: int
+    probe_parts: int
+    expert_pairs: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, router: _Optional[str] = ..., epoch: _Optional[int] = ..., calls: _Optional[int] = ..., rows: _Optional[int] = ..., failed_calls: _Optional[int] = ..., resent_parts: _Optional[int] = ..., calls_under_way: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[RouterReplicaStats, _Mapping]]] = ..., calls_waiting: _Optional[int] = ..., hedged_parts: _Optional[int] = ..., hedges_won: _Optional[int] = ..., probe_parts: _Optional[int] = ..., expert_pairs: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RouterReplicaStats(_message.Message):
-    __slots__ = ("address", "connected", "calls", "pairs", "outstanding_pairs", "breaks")
+    __slots__ = ("address", "connected", "calls", "pairs", "outstanding_pairs", "breaks", "suspect", "slowness", "wrong_answers")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
     CALLS_FIELD_NUMBER: _ClassVar[int]
     PAIRS_FIELD_NUMBER: _ClassVar[int]
     OUTSTANDING_PAIRS_FIELD_NUMBER: _ClassVar[int]
     BREAKS_FIELD_NUMBER: _ClassVar[int]
+    SUSPECT_FIELD_NUMBER: _ClassVar[int]
+    SLOWNESS_FIELD_NUMBER: _ClassVar[int]
+    WRONG_ANSWERS_FIELD_NUMBER: _ClassVar[int]
     address: str
     connected: bool
     calls: int
     pairs: int
     outstanding_pairs: int
     breaks: int
-    def __init__(self, address: _Optional[str] = ..., connected: _Optional[bool] = ..., calls: _Optional[int] = ..., pairs: _Optional[int] = ..., outstanding_pairs: _Optional[int] = ..., breaks: _Optional[int] = ...) -> None: ...
+    suspect: bool
+    slowness: float
+    wrong_answers: int
+    def __init__(self, address: _Optional[str] = ..., connected: _Optional[bool] = ..., calls: _Optional[int] = ..., pairs: _Optional[int] = ..., outstanding_pairs: _Optional[int] = ..., breaks: _Optional[int] = ..., suspect: _Optional[bool] = ..., slowness: _Optional[float] = ..., wrong_answers: _Optional[int] = ...) -> None: ...

@@ -1,4 +1,4 @@
-"""One layer crossing under way: which of its pairs are out with which replica, which wait for one,
+"""One layer crossing under way: which of its pairs are out with which replicas, which wait for one,
 and where their rows land.
 
 Knows no routing table, and decides nothing.
@@ -9,13 +9,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.router.replica_link import ReplicaLink
+from services.router.replica_link import ReplicaLink, SentCall
 from services.router.routing import ExpertGroup
 from services.wire import LayerRows, Words
+
+
+class Purpose(Enum):
+    ANSWER = auto()
+    HEDGE = auto()  # another replica has had the same pairs for too long
+    PROBE = auto()  # to measure a replica that was slow
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,6 +32,7 @@ class Part:
     link: ReplicaLink
     positions: NDArray[np.intp]
     tried: frozenset[object]  # the streams that had these pairs, this one included
+    purpose: Purpose
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,13 +65,30 @@ class Crossing:
         self.done = done
         self.deadline = None if timeout_seconds is None else loop.time() + timeout_seconds
         self._timers: list[asyncio.TimerHandle] = []
-        self.missing_pairs = call.expert_ids.size
-        self.pair_rows: Words = np.empty(
-            (call.expert_ids.size, call.rows.shape[1]), dtype=call.rows.dtype
-        )
-        self.parts: dict[Part, int] = {}  # -> call id on its link
+        num_pairs = call.expert_ids.size
+        self.missing_pairs = num_pairs
+        self.pair_rows: Words = np.empty((num_pairs, call.rows.shape[1]), dtype=call.rows.dtype)
+        self.parts: dict[Part, SentCall] = {}
+        self._is_answered = np.zeros(num_pairs, dtype=np.bool_)
         self.stranded: list[Stranded] = []
         self.give_up_at: float | None = None  # set when pairs of it strand for the first time
+
+    def uncovered(self, positions: NDArray[np.intp], now: float) -> NDArray[np.intp]:
+        """Those of which no answer is here nor expected: whoever has them is overdue."""
+        is_covered = self._is_answered.copy()
+        for part, sent in self.parts.items():
+            if sent.due > now:
+                is_covered[part.positions] = True
+        return positions[~is_covered[positions]]
+
+    def store(self, positions: NDArray[np.intp], rows: Words) -> bool:
+        """Whether any of them was missing. Two replicas give bitwise the same rows."""
+        num_new = len(positions) - int(np.count_nonzero(self._is_answered[positions]))
+        if num_new:
+            self.pair_rows[positions] = rows
+            self._is_answered[positions] = True
+            self.missing_pairs -= num_new
+        return num_new > 0
 
     def call_at(self, when: float, callback: Callable[..., None], *arguments: object) -> None:
         """`callback(crossing, *arguments)`, unless the crossing has ended by then."""

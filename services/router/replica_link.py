@@ -1,5 +1,5 @@
-"""Owns the stream to one expert replica: which calls are under way on it, what it owes, and what
-becomes of them when it breaks.
+"""Owns the stream to one expert replica: which calls are under way on it, what it owes, how long it
+takes, and what becomes of its calls when it breaks.
 
 Knows neither the routing table nor the crossings that its calls are parts of.
 """
@@ -18,9 +18,11 @@ import numpy as np
 from protos import expert_pb2, expert_pb2_grpc
 from services import wire
 from services.duplex import CLOCK_KEY, Duplex
-from services.router.routing import Load
+from services.router.hedging import PROBE_INTERVAL_SECONDS, AnswerTimes, Slowness
 from services.wire import ExpertRows, Words
 
+# A replica that answered wrongly is passed over for so long, where there is another.
+WRONG_ANSWER_PAUSE_SECONDS = 1.0
 # Answers that another replica may better: full, or going.
 _TRY_ANOTHER = {
     grpc.StatusCode.RESOURCE_EXHAUSTED.value[0],
@@ -36,26 +38,45 @@ Answered: TypeAlias = Callable[[Words | Exception], None]
 
 
 @dataclass(slots=True, eq=False)
-class _PendingCall:
+class SentCall:
+    """A call that a replica owes an answer. Times are on the loop's clock."""
+
+    call_id: int
     num_pairs: int
+    work_pairs: int  # what the replica had to compute until its answer, the calls before included
+    sent_at: float
+    patience_seconds: float
     hidden_size: int
     word: np.dtype[Any]
-    answered: Answered
+    answered: Answered | None  # None: nobody waits for it any more
+
+    @property
+    def due(self) -> float:
+        return self.sent_at + self.patience_seconds
 
 
 class ReplicaLink:
     """`connected_again` is called whenever a stream to the replica has been opened."""
 
-    def __init__(self, address: str, connected_again: Callable[[], None]) -> None:
+    def __init__(
+        self, address: str, times: AnswerTimes, connected_again: Callable[[], None]
+    ) -> None:
         self.address = address
         # A token of the stream in use: after a break there is another one, perhaps to another
         # process, so that whoever failed on this one may be asked again.
         self.stream: object | None = None
         self.calls = 0
         self.pairs = 0
-        self.outstanding_pairs = 0
+        self.outstanding_pairs = 0  # also of calls that nobody waits for: it computes them too
         self.breaks = 0
-        self._pending: dict[int, _PendingCall] = {}
+        self.wrong_answers = 0
+        self.heard_at = 0.0  # when it answered last
+        self._times = times
+        self._slowness = Slowness()
+        self._distrusted_until = 0.0
+        self._sent_at = 0.0
+        self._pending: dict[int, SentCall] = {}  # in the order in which they are answered
+        self._num_wanted = 0
         self._retiring = False
         self._connected_again = connected_again
         self._clock_offset_seconds = 0.0  # the replica's clock minus ours
@@ -76,51 +97,72 @@ class ReplicaLink:
         return self._duplex.closed
 
     @property
-    def load(self) -> Load:
-        return Load(self.outstanding_pairs, self.pairs)
+    def slowness(self) -> float:
+        """1 is typical."""
+        return self._slowness.value
+
+    def is_suspect(self, now: float) -> bool:
+        """It should have answered by now, or what it answered was wrong a moment ago."""
+        if now < self._distrusted_until:
+            return True
+        oldest = next(iter(self._pending.values()), None)
+        return oldest is not None and oldest.due < now
+
+    def may_be_probed(self, now: float) -> bool:
+        return not self._pending and now - self._sent_at >= PROBE_INTERVAL_SECONDS
 
     async def wait_connected(self) -> None:
         await self._duplex.wait_connected()
 
-    def submit(self, call: ExpertRows, deadline: float | None, answered: Answered) -> int:
+    def submit(self, call: ExpertRows, deadline: float | None, answered: Answered) -> SentCall:
         """Send a call; `answered` is called once, later, unless the call is forgotten before.
 
-        `deadline` is on our loop's clock. Returns the call's id.
+        `deadline` is on our loop's clock.
         """
+        now = self._sent_at = asyncio.get_running_loop().time()
         self.calls += 1
-        call_id = self.calls
         num_pairs = len(call.row_index)
         self.pairs += num_pairs
         self.outstanding_pairs += num_pairs
-        self._pending[call_id] = _PendingCall(
-            num_pairs, call.rows.shape[1], call.rows.dtype, answered
+        sent = SentCall(
+            call_id=self.calls,
+            num_pairs=num_pairs,
+            work_pairs=self.outstanding_pairs,
+            sent_at=now,
+            patience_seconds=self._times.patience_seconds(self.outstanding_pairs),
+            hidden_size=call.rows.shape[1],
+            word=call.rows.dtype,
+            answered=answered,
         )
+        self._pending[sent.call_id] = sent
+        self._num_wanted += 1
         deadline_there = None if deadline is None else deadline + self._clock_offset_seconds
-        self._duplex.send(wire.encode_expert_rows(call_id, call, deadline_there))
-        return call_id
+        self._duplex.send(wire.encode_expert_rows(sent.call_id, call, deadline_there))
+        return sent
 
-    def forget(self, call_id: int) -> None:
+    def forget(self, sent: SentCall) -> None:
         """Nobody waits for it any more. The replica is not told: it reads in order, and so would
         learn of it only after having computed the call."""
-        self._remove(call_id)
+        self._no_longer_wanted(sent)
 
     def retire(self) -> None:
-        """Close as soon as nothing is under way; submit no more."""
+        """Close as soon as nobody waits for an answer; submit no more."""
         self._retiring = True
-        if not self._pending:
+        if not self._num_wanted:
             self._duplex.cancel()
 
     async def close(self) -> None:
         await self._duplex.close()
         self._abandon("its link was closed")
 
-    def _remove(self, call_id: int) -> _PendingCall | None:
-        pending = self._pending.pop(call_id, None)
-        if pending:
-            self.outstanding_pairs -= pending.num_pairs
-            if self._retiring and not self._pending:
+    def _no_longer_wanted(self, sent: SentCall) -> Answered | None:
+        """Returns whom to tell, once."""
+        answered, sent.answered = sent.answered, None
+        if answered is not None:
+            self._num_wanted -= 1
+            if self._retiring and not self._num_wanted:
                 self._duplex.cancel()
-        return pending
+        return answered
 
     def _open(self, metadata: grpc.aio.Metadata) -> None:
         # Read later than it was written, so a deadline comes out early by one latency, never late.
@@ -131,23 +173,30 @@ class ReplicaLink:
         loop.call_soon(self._connected_again)  # not before the stream counts as connected
 
     def _receive(self, message: expert_pb2.ExpertOutputs) -> None:
-        pending = self._remove(message.call_id)
-        if pending is None:
-            return  # forgotten while the answer was on its way
+        sent = self._pending.pop(message.call_id, None)
+        if sent is None:
+            return  # never asked
+        self.outstanding_pairs -= sent.num_pairs
+        self.heard_at = asyncio.get_running_loop().time()
+        answer = self._answer_in(message, sent)
+        if not isinstance(answer, Exception):
+            typical_seconds = self._times.typical_seconds(sent.work_pairs)
+            if typical_seconds is not None:
+                self._slowness.observe(self.heard_at - sent.sent_at, typical_seconds)
+        if answered := self._no_longer_wanted(sent):
+            answered(answer)
+
+    def _answer_in(self, message: expert_pb2.ExpertOutputs, sent: SentCall) -> Words | Exception:
         if message.HasField("error"):
             if message.error.code in _TRY_ANOTHER:
-                pending.answered(ReplicaUnusable(f"{self.address}: {message.error.message}"))
-            else:
-                pending.answered(wire.decode_error(message.error))
-            return
+                return ReplicaUnusable(f"{self.address}: {message.error.message}")
+            return wire.decode_error(message.error)
         try:
-            pair_rows = wire.decode_pair_rows(
-                message, pending.word, pending.num_pairs, pending.hidden_size
-            )
+            return wire.decode_pair_rows(message, sent.word, sent.num_pairs, sent.hidden_size)
         except wire.MalformedCall as error:
-            pending.answered(ReplicaUnusable(f"{self.address} answered wrongly: {error}"))
-        else:
-            pending.answered(pair_rows)
+            self.wrong_answers += 1
+            self._distrusted_until = self.heard_at + WRONG_ANSWER_PAUSE_SECONDS
+            return ReplicaUnusable(f"{self.address} answered wrongly: {error}")
 
     def _break(self, reason: str) -> None:
         self.breaks += 1
@@ -159,8 +208,9 @@ class ReplicaLink:
         self.outstanding_pairs = 0
         if self._retiring:
             self._duplex.cancel()
-        for pending in abandoned.values():
-            pending.answered(ReplicaUnusable(f"{self.address}: {reason}"))
+        for sent in abandoned.values():
+            if answered := self._no_longer_wanted(sent):
+                answered(ReplicaUnusable(f"{self.address}: {reason}"))
 
 
 def _open_dispatch(

@@ -1,27 +1,29 @@
-"""Owns the routing table in use, the link to every replica, and the layer crossings under way.
+"""Owns the layer crossings under way.
 
 A crossing is split by `routing`, its parts go out on the links, and their rows land in one array
 until none is missing. A part whose replica cannot answer is split and sent again; that is the one
-path for failure, draining and change of table. Pairs that no replica takes wait for one, bounded.
-Knows no worker and no stream.
+path for failure, draining and change of table. A part that is out for too long goes to a second
+replica as well. Pairs that no replica takes wait for one, bounded. Knows no worker and no stream.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services import errors
-from services.router.crossing import Crossing, Part, Stranded
+from services.router.counters import RouterCounters
+from services.router.crossing import Crossing, Part, Purpose, Stranded
+from services.router.hedging import HEDGE_FLOOR_SECONDS, LOST_MULTIPLE, HedgeBudget
 from services.router.pairs import added_in_order, gather
 from services.router.replica_link import ReplicaLink, ReplicaUnusable
-from services.router.routing import ExpertGroup, RoutingTable
+from services.router.replicas import Replicas
+from services.router.routing import ExpertGroup, Load, RoutingTable
 from services.wire import LayerRows, MalformedCall, Words, first_outside
 
 log = logging.getLogger(__name__)
@@ -32,16 +34,6 @@ CONNECT_TIMEOUT_SECONDS = 10.0
 REPLICA_WAIT_SECONDS = 30.0
 # A replica that refused may take the same rows a little later; it sends no word when it does.
 RETRY_PAUSE_SECONDS = 0.1
-
-
-@dataclass(slots=True)
-class RouterCounters:
-    """Since the start. `rows` are rows of crossings, before they are split into pairs."""
-
-    calls: int = 0
-    rows: int = 0
-    failed_calls: int = 0
-    resent_parts: int = 0
 
 
 class Router:
@@ -57,22 +49,18 @@ class Router:
         self.counters = RouterCounters()
         self._max_crossings_under_way = max_crossings_under_way
         self._replica_wait_seconds = replica_wait_seconds
-        self._table = RoutingTable.of(0, ())  # in use
-        self._newest = self._table  # in use too, or about to be
-        self._links: dict[str, ReplicaLink] = {}  # of both tables
-        self._retired: set[ReplicaLink] = set()  # close when they owe nothing any more
+        self._replicas = Replicas(changed=self._wake)
+        self._budget = HedgeBudget()
         self._under_way: set[Crossing] = set()
         self._waiting: dict[Crossing, None] = {}  # some of their pairs are stranded; oldest first
-        self._changed = asyncio.Event()  # a link was opened, or pairs stranded
 
     @property
     def table(self) -> RoutingTable:
-        return self._table
+        return self._replicas.table
 
     @property
     def links(self) -> tuple[ReplicaLink, ...]:
-        """Of the table in use."""
-        return tuple(self._links[address] for address in sorted(self._table.replicas))
+        return self._replicas.links
 
     @property
     def num_under_way(self) -> int:
@@ -93,27 +81,9 @@ class Router:
         again in the background). An epoch that is not above the newest one, or a table for another
         number of experts, is refused with ValueError.
         """
-        self._check_newer(table)
-        self._newest = table
-        for address in table.replicas - self._links.keys():
-            self._links[address] = ReplicaLink(address, self._link_opened)
-        give_up_at = asyncio.get_running_loop().time() + connect_timeout_seconds
-        try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(give_up_at):
-                    while self._takes_away(table) and not self._waiting:
-                        await self._change()
-            self._use(table)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(give_up_at):
-                    while self._missing(table):
-                        await self._change()
-        except asyncio.CancelledError:
-            if self._newest is table:
-                self._newest = self._table
-                self._retire_unused()
-            raise
-        missing = self._missing(table)
+        missing = await self._replicas.update(
+            table, connect_timeout_seconds, someone_waits=lambda: bool(self._waiting)
+        )
         log.info(
             "routing_table_updated router=%s epoch=%d replicas=%d not_connected=%s",
             *(self.name, table.epoch, len(table.replicas), ",".join(missing) or "-"),
@@ -130,6 +100,7 @@ class Router:
         except (MalformedCall, errors.ServiceError) as error:
             self._finish(crossing, error)
             return
+        self.counters.load(crossing.call, self.table.num_experts)
         if not crossing.missing_pairs:
             self._finish(crossing, np.zeros(crossing.call.rows.shape, dtype=np.float32))
             return
@@ -144,10 +115,7 @@ class Router:
     async def close(self) -> None:
         for crossing in tuple(self._under_way):
             self._finish(crossing, errors.ExpertsUnavailable(f"router {self.name} is closing"))
-        links = (*self._links.values(), *self._retired)
-        self._newest = self._table = RoutingTable.of(self._newest.epoch, ())
-        self._links, self._retired = {}, set()
-        await asyncio.gather(*(link.close() for link in links))
+        await self._replicas.close()
 
     def _check(self, call: LayerRows) -> None:
         if len(self._under_way) > self._max_crossings_under_way:
@@ -155,10 +123,10 @@ class Router:
                 f"router {self.name} has {self._max_crossings_under_way} layer crossings under way"
             )
         ids = call.expert_ids
-        if (stranger := first_outside(ids, self._table.num_experts)) is not None:
+        if (stranger := first_outside(ids, self.table.num_experts)) is not None:
             raise errors.ModelMismatch(
-                f"expert {stranger}: router {self.name} knows {self._table.num_experts} experts "
-                f"(epoch {self._table.epoch})"
+                f"expert {stranger}: router {self.name} knows {self.table.num_experts} experts "
+                f"(epoch {self.table.epoch})"
             )
         if (ids[:, 1:] < ids[:, :-1]).any():
             raise MalformedCall("expert_ids are not ascending in each row")
@@ -173,53 +141,118 @@ class Router:
     ) -> None:
         if crossing not in self._under_way:
             return  # it ended while its other pairs were sent
-        loads = {
-            address: link.load
-            for address, link in self._links.items()
-            if link.connected and link.stream not in tried
-        }
-        split = self._table.split(crossing.call.expert_ids.reshape(-1)[positions], loads)
-        for share in split.shares:
-            link = self._links[share.replica]
-            part = Part(link, positions[share.positions], tried | {link.stream})
-            crossing.parts[part] = link.submit(
-                gather(crossing.call, part.positions),
-                crossing.deadline,
-                partial(self._answered, crossing, part),
-            )
-        for group, stranded in split.stranded:
-            self._strand(crossing, Stranded(group, positions[stranded], tried, reason))
+        loads = self._replicas.loads(len(positions), tried)
+        shares, stranded = self._split(crossing, positions, loads)
+        for replica, share in shares:
+            self._submit(crossing, replica, share, tried, Purpose.ANSWER)
+            self._budget.earn()
+        if not tried:
+            self._probe(crossing, positions, loads)
+        for group, share in stranded:
+            self._strand(crossing, Stranded(group, share, tried, reason))
+
+    def _split(
+        self, crossing: Crossing, positions: NDArray[np.intp], loads: Mapping[str, Load]
+    ) -> tuple[list[tuple[str, NDArray[np.intp]]], list[tuple[ExpertGroup, NDArray[np.intp]]]]:
+        """The table's split, in positions of the crossing."""
+        split = self.table.split(crossing.call.expert_ids.reshape(-1)[positions], loads)
+        return (
+            [(replica, positions[chosen]) for replica, chosen in split.shares],
+            [(group, positions[chosen]) for group, chosen in split.stranded],
+        )
+
+    def _submit(
+        self,
+        crossing: Crossing,
+        replica: str,
+        positions: NDArray[np.intp],
+        tried: frozenset[object],
+        purpose: Purpose,
+    ) -> None:
+        link = self._replicas.link(replica)
+        part = Part(link, positions, tried | {link.stream}, purpose)
+        answered = partial(self._answered, crossing, part)
+        sent = link.submit(gather(crossing.call, positions), crossing.deadline, answered)
+        crossing.parts[part] = sent
+        crossing.call_at(sent.due, self._overdue, part, sent.due)
 
     def _answered(self, crossing: Crossing, part: Part, result: Words | Exception) -> None:
-        if crossing.parts.pop(part, None) is None:
+        sent = crossing.parts.pop(part, None)
+        if sent is None:
             return  # another part of it failed for good when the same stream broke
-        if isinstance(result, ReplicaUnusable):
-            self.counters.resent_parts += 1
-            self._send(crossing, part.positions, part.tried, reason=str(result))
-        elif isinstance(result, Exception):
-            self._finish(crossing, result)
-        else:
-            crossing.pair_rows[part.positions] = result
-            crossing.missing_pairs -= len(part.positions)
+        if not isinstance(result, Exception):
+            if crossing.store(part.positions, result):
+                # Of those that came first only: what an answer takes, not what a replica takes.
+                self._replicas.times.observe(sent.work_pairs, part.link.heard_at - sent.sent_at)
+                self.counters.hedges_won += part.purpose is Purpose.HEDGE
             if not crossing.missing_pairs:
                 num_rows = len(crossing.call.rows)
                 self._finish(crossing, added_in_order(crossing.pair_rows, num_rows))
+            return
+        lost = crossing.uncovered(part.positions, asyncio.get_running_loop().time())
+        if not len(lost):
+            return  # answered, or another replica still has them
+        if isinstance(result, ReplicaUnusable):
+            self.counters.resent_parts += 1
+            self._send(crossing, lost, part.tried, reason=str(result))
+        else:
+            self._finish(crossing, result)
+
+    def _overdue(self, crossing: Crossing, part: Part, due: float) -> None:
+        """The part is out for so long that another replica would long have answered."""
+        sent = crossing.parts.get(part)
+        if sent is None:
+            return
+        now = asyncio.get_running_loop().time()
+        next_look_at = now + sent.patience_seconds
+        crossing.call_at(next_look_at, self._overdue, part, next_look_at)
+        is_lost = (
+            part.link.heard_at < sent.sent_at
+            and now - sent.sent_at > LOST_MULTIPLE * sent.patience_seconds
+        )
+        if now - due > HEDGE_FLOOR_SECONDS / 2 and not is_lost:
+            return  # we were held up ourselves: the answer may be here, unread
+        alone = crossing.uncovered(part.positions, now)
+        loads = {
+            address: load
+            for address, load in self._replicas.loads(len(alone), part.tried).items()
+            if not load.is_suspect
+        }
+        shares, _ = self._split(crossing, alone, loads)
+        for replica, positions in shares:
+            if self._budget.spend() or is_lost:
+                self._submit(crossing, replica, positions, part.tried, Purpose.HEDGE)
+                self.counters.hedged_parts += 1
+
+    def _probe(
+        self, crossing: Crossing, positions: NDArray[np.intp], loads: Mapping[str, Load]
+    ) -> None:
+        """Slow replicas are chosen by nobody: a copy now and then shows whether they still are."""
+        now = asyncio.get_running_loop().time()
+        for address, load in loads.items():
+            if load.slow_factor > 1 and self._replicas.link(address).may_be_probed(now):
+                shares, _ = self._split(crossing, positions, {address: load})
+                for replica, share in shares:
+                    if self._budget.spend():
+                        self._submit(crossing, replica, share, frozenset(), Purpose.PROBE)
+                        self.counters.probe_parts += 1
 
     def _strand(self, crossing: Crossing, stranded: Stranded) -> None:
         """They go out again when a link opens or a new table is used, or fail when one crossing
         has waited for too long."""
         if crossing not in self._under_way:
             return
+        loop = asyncio.get_running_loop()
         crossing.stranded.append(stranded)
         self._waiting[crossing] = None
-        self._changed.set()
-        loop = asyncio.get_running_loop()
+        self._replicas.reconsider()
         if crossing.give_up_at is None:
             crossing.give_up_at = loop.time() + self._replica_wait_seconds
             crossing.call_at(crossing.give_up_at, self._give_up)
         elif crossing.give_up_at <= loop.time():
             self._give_up(crossing)
-        links = (self._links[address] for address in stranded.group.replicas)
+            return
+        links = map(self._replicas.link, stranded.group.replicas)
         if any(link.stream is not None for link in links):
             crossing.call_at(loop.time() + RETRY_PAUSE_SECONDS, self._try_again, stranded)
 
@@ -262,59 +295,5 @@ class Router:
         crossing.stranded.clear()
         crossing.cancel_timers()
         parts, crossing.parts = crossing.parts, {}
-        for part, call_id in parts.items():
-            part.link.forget(call_id)
-
-    def _link_opened(self) -> None:
-        self._changed.set()
-        self._wake()
-
-    async def _change(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
-
-    def _check_newer(self, table: RoutingTable) -> None:
-        if table.epoch <= self._newest.epoch:
-            raise ValueError(f"epoch {table.epoch} is not above epoch {self._newest.epoch} in use")
-        if self._table.epoch and table.num_experts != self._table.num_experts:
-            raise ValueError(
-                f"epoch {table.epoch} has {table.num_experts} experts, epoch {self._table.epoch} "
-                f"in use has {self._table.num_experts}"
-            )
-
-    def _use(self, table: RoutingTable) -> None:
-        if table.epoch > self._table.epoch:  # else a newer one came first
-            self._table = table
-            self._retire_unused()
-            self._wake()
-
-    def _takes_away(self, table: RoutingTable) -> bool:
-        """Whether an expert that is reached now would have to wait for a replica to connect."""
-        lost = {
-            expert_id
-            for group in table.groups
-            if group.replicas and not self._reached(group)
-            for expert_id in group.expert_ids
-        }
-        return any(
-            self._reached(group) and not lost.isdisjoint(group.expert_ids)
-            for group in self._table.groups
-        )
-
-    def _reached(self, group: ExpertGroup) -> bool:
-        return any(self._is_connected(address) for address in group.replicas)
-
-    def _is_connected(self, address: str) -> bool:
-        link = self._links.get(address)
-        return link is not None and link.connected
-
-    def _missing(self, table: RoutingTable) -> tuple[str, ...]:
-        return tuple(each for each in sorted(table.replicas) if not self._is_connected(each))
-
-    def _retire_unused(self) -> None:
-        wanted = self._table.replicas | self._newest.replicas
-        self._retired = {link for link in self._retired if not link.closed}
-        for address in self._links.keys() - wanted:
-            link = self._links.pop(address)
-            self._retired.add(link)
-            link.retire()
+        for part, sent in parts.items():
+            part.link.forget(sent)

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 
 class Load(NamedTuple):
-    """What is compared to choose a replica: what it still owes, then what it was ever given."""
+    """What is compared to choose a replica: the least is taken."""
 
-    outstanding_pairs: int
-    total_pairs: int
+    is_suspect: bool  # it owes an answer that should have been there: only if there is no other
+    expected_pairs: float  # what it would owe then, in pairs of the fastest replica
+    total_pairs: int  # that it was ever given
+    slow_factor: float = 1.0  # how many of the fastest replica's pairs one of its pairs counts
 
 
 @dataclass(frozen=True, slots=True)

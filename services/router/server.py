@@ -58,6 +58,7 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
         ],
     ) -> router_pb2.RouterStatsResponse:
         router = self._router
+        now = asyncio.get_running_loop().time()
         return router_pb2.RouterStatsResponse(
             router=router.name,
             epoch=router.table.epoch,
@@ -66,6 +67,11 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
             failed_calls=router.counters.failed_calls,
             resent_parts=router.counters.resent_parts,
             calls_under_way=router.num_under_way,
+            calls_waiting=router.num_waiting,
+            hedged_parts=router.counters.hedged_parts,
+            hedges_won=router.counters.hedges_won,
+            probe_parts=router.counters.probe_parts,
+            expert_pairs=router.counters.expert_pairs.tolist(),
             replicas=[
                 router_pb2.RouterReplicaStats(
                     address=link.address,
@@ -74,6 +80,9 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
                     pairs=link.pairs,
                     outstanding_pairs=link.outstanding_pairs,
                     breaks=link.breaks,
+                    suspect=link.is_suspect(now),
+                    slowness=link.slowness,
+                    wrong_answers=link.wrong_answers,
                 )
                 for link in router.links
             ],

@@ -61,12 +61,13 @@ async def start_replica(
 
 
 class ScriptedExpert(expert_pb2_grpc.ExpertServicer):
-    """A replica that goes wrong: answers what `reply` makes of a call, or nothing at all."""
+    """A replica that goes wrong: answers what `reply` makes of a call, perhaps late, or nothing."""
 
     def __init__(
         self, reply: Callable[[expert_pb2.ExpertRows], expert_pb2.ExpertOutputs] | None = None
     ) -> None:
         self.num_calls = 0
+        self.delay_seconds = 0.0
         self._reply = reply
 
     async def Dispatch(
@@ -77,6 +78,7 @@ class ScriptedExpert(expert_pb2_grpc.ExpertServicer):
         await context.send_initial_metadata(((CLOCK_KEY, str(time.monotonic())),))
         async for message in request_iterator:
             self.num_calls += 1
+            await asyncio.sleep(self.delay_seconds)
             if self._reply:
                 await context.write(self._reply(message))
 

@@ -5,16 +5,22 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
 import pytest
 import torch
 
+from model1.moe import ExpertCall
 from protos import expert_pb2, router_pb2, router_pb2_grpc, tensor_pb2
 from services import rpc, wire
 from services.errors import DeadlineExceeded, ExpertsUnavailable
+from services.expert.replica import ExpertReplica
+from services.router.hedging import HEDGE_BURST, HEDGE_SHARE
+from services.router.replica_link import ReplicaLink
 from services.router.routing import RoutingTable
 from services.wire import LayerRows
 from tests.services.dispatch_plane import (
@@ -25,10 +31,17 @@ from tests.services.dispatch_plane import (
     table_of,
     until,
 )
-from tests.services.expert_banks import random_call
+from tests.services.expert_banks import random_call, seeded_bank
 
 ROOT = Path(__file__).parents[3]
 EVERY_EXPERT = [list(range(8))]
+
+
+Crossings = list[tuple[ExpertCall, asyncio.Future[torch.Tensor]]]
+
+
+def _link(plane: DispatchPlane, address: str) -> ReplicaLink:
+    return next(link for link in plane.router.links if link.address == address)
 
 
 async def _assert_exact(plane: DispatchPlane, seed: int = 0) -> None:
@@ -60,7 +73,7 @@ async def test_calls_under_way_on_a_killed_replica_go_to_another(
     async with dispatch_plane(tmp_path, num_groups=1) as plane:
         (survivor,) = plane.servers
         await plane.router.update(table_of(2, EVERY_EXPERT, [[address, survivor]]))
-        link = next(link for link in plane.router.links if link.address == address)
+        link = _link(plane, address)
         os.kill(process.pid, signal.SIGSTOP)  # so that it dies with calls under way
         calls = [random_call(4, layer=seed % 3, seed=seed) for seed in range(6)]
         pending = [await plane.experts.submit(call) for call in calls]
@@ -75,25 +88,139 @@ async def test_calls_under_way_on_a_killed_replica_go_to_another(
         assert (link.connected, link.breaks, link.outstanding_pairs) == (False, 1, 0)
 
 
-@pytest.mark.slow
-async def test_calls_under_way_on_a_frozen_replica_go_to_another(
+async def _freeze(plane: DispatchPlane, process: subprocess.Popen[str], address: str) -> Crossings:
+    """Stop it, and submit calls until it has some; its socket stays open, and nobody answers."""
+    os.kill(process.pid, signal.SIGSTOP)
+    frozen = _link(plane, address)
+    pending: Crossings = []
+    while not frozen.outstanding_pairs:
+        call = random_call(4, seed=len(pending))
+        pending.append((call, await plane.experts.submit(call)))
+        await until(lambda: plane.router.counters.calls >= len(pending))
+    return pending
+
+
+async def test_calls_under_way_on_a_frozen_replica_are_hedged(
     tmp_path: Path, replica_process: tuple[subprocess.Popen[str], str]
 ) -> None:
     process, address = replica_process
     async with dispatch_plane(tmp_path, num_groups=1) as plane:
         (survivor,) = plane.servers
         await plane.router.update(table_of(2, EVERY_EXPERT, [[address, survivor]]))
-        os.kill(process.pid, signal.SIGSTOP)  # its socket stays open, and nobody answers
-        frozen = next(link for link in plane.router.links if link.address == address)
-        pending = []
-        while not frozen.outstanding_pairs:
-            pending.append((call := random_call(4), await plane.experts.submit(call)))
-            await asyncio.sleep(0.1)  # for the router to dispatch it
-        noticed_ms = rpc.KEEPALIVE_INTERVAL_MS + rpc.KEEPALIVE_TIMEOUT_MS
-        async with asyncio.timeout(noticed_ms / 1000 + 15):
+        for seed in range(20):
+            await _assert_exact(plane, seed)
+        router, frozen = plane.router, _link(plane, address)
+        pending = await _freeze(plane, process, address)
+        # Long before the connection is taken for dead.
+        async with asyncio.timeout(rpc.KEEPALIVE_TIMEOUT_MS / 1000 / 3):
             for call, sums in pending:
                 assert torch.equal(await sums, plane.expected(call))
-        assert (frozen.connected, frozen.breaks) == (False, 1)
+            assert frozen.is_suspect(asyncio.get_running_loop().time())
+            assert router.counters.hedges_won >= 1
+            # Nobody else has to wait for it.
+            calls_before = frozen.calls
+            for seed in range(20):
+                await _assert_exact(plane, seed)
+            assert frozen.calls == calls_before
+        os.kill(process.pid, signal.SIGCONT)
+        async with asyncio.timeout(30):
+            await until(lambda: not frozen.outstanding_pairs)  # what it owed is the probe
+            while frozen.calls == calls_before:
+                await _assert_exact(plane)
+        assert (router.counters.failed_calls, frozen.breaks, frozen.wrong_answers) == (0, 0, 0)
+
+
+@pytest.mark.slow
+async def test_a_frozen_replica_is_taken_for_dead_in_the_end(
+    tmp_path: Path, replica_process: tuple[subprocess.Popen[str], str]
+) -> None:
+    process, address = replica_process
+    async with dispatch_plane(tmp_path, num_groups=1) as plane:
+        (survivor,) = plane.servers
+        await plane.router.update(table_of(2, EVERY_EXPERT, [[address, survivor]]))
+        for call, sums in await _freeze(plane, process, address):
+            assert torch.equal(await sums, plane.expected(call))
+        frozen = _link(plane, address)
+        noticed_ms = rpc.KEEPALIVE_INTERVAL_MS + rpc.KEEPALIVE_TIMEOUT_MS
+        await until(lambda: frozen.breaks == 1, noticed_ms / 1000 + 15)
+        assert (frozen.connected, frozen.outstanding_pairs) == (False, 0)
+
+
+async def test_a_frozen_replica_that_is_the_only_one_is_waited_for(
+    tmp_path: Path, replica_process: tuple[subprocess.Popen[str], str]
+) -> None:
+    process, address = replica_process
+    async with dispatch_plane(tmp_path, num_groups=1) as plane:
+        await plane.router.update(table_of(2, EVERY_EXPERT, [[address]]))
+        await _assert_exact(plane)
+        pending = await _freeze(plane, process, address)
+        now = asyncio.get_running_loop().time
+        await until(lambda: _link(plane, address).is_suspect(now()))
+        pending.append((call := random_call(3), await plane.experts.submit(call)))
+        await until(lambda: _link(plane, address).calls == 3)  # it is used, suspect or not
+        os.kill(process.pid, signal.SIGCONT)
+        async with asyncio.timeout(30):
+            for call, sums in pending:
+                assert torch.equal(await sums, plane.expected(call))
+        assert plane.router.counters.hedged_parts == 0
+
+
+@asynccontextmanager
+async def _one_of_two_scripted(
+    directory: Path,
+) -> AsyncIterator[tuple[DispatchPlane, ScriptedExpert, ReplicaLink]]:
+    """A plane whose one group has two exact replicas, of which one can be made slow."""
+    exact = ExpertReplica("scripted", seeded_bank(range(8), torch.float32))
+    scripted = ScriptedExpert(
+        lambda message: wire.encode_expert_outputs(
+            message.call_id, exact.compute(wire.decode_expert_rows(message))
+        )
+    )
+    async with (
+        dispatch_plane(directory, num_groups=1) as plane,
+        scripted.serving(f"unix:{directory}/scripted.sock") as address,
+        asyncio.timeout(55),
+    ):
+        (other,) = plane.servers
+        await plane.router.update(table_of(2, EVERY_EXPERT, [[address, other]]))
+        for seed in range(40):
+            await _assert_exact(plane, seed)
+        link = _link(plane, address)
+        assert link.calls > 10
+        yield plane, scripted, link
+        assert plane.router.counters.failed_calls == 0
+
+
+async def test_a_slow_replica_is_only_probed_until_it_is_not_slow(tmp_path: Path) -> None:
+    async with _one_of_two_scripted(tmp_path) as (plane, scripted, link):
+        counters = plane.router.counters
+        scripted.delay_seconds = 0.1
+        while counters.probe_parts < 2:
+            await _assert_exact(plane)
+        calls_before, probes_before = link.calls, counters.probe_parts
+        for seed in range(20):
+            await _assert_exact(plane, seed)
+        assert link.calls - calls_before == counters.probe_parts - probes_before
+        scripted.delay_seconds = 0.0
+        while link.calls - calls_before < counters.probe_parts - probes_before + 10:
+            await _assert_exact(plane)  # till it is one of two again
+
+
+@pytest.mark.slow
+async def test_a_slow_replica_holds_up_nobody(tmp_path: Path) -> None:
+    async with _one_of_two_scripted(tmp_path) as (plane, scripted, _):
+        counters = plane.router.counters
+        # Many times what a crossing takes, so that whoever waited for it is told apart.
+        scripted.delay_seconds = 0.5
+        durations: list[float] = []
+        while counters.probe_parts < 2 or len(durations) < 1000:
+            started = time.monotonic()
+            await _assert_exact(plane)
+            durations.append(time.monotonic() - started)
+        assert sorted(durations)[int(0.99 * len(durations))] < scripted.delay_seconds / 2
+        assert counters.hedges_won >= 1
+        copies = counters.hedged_parts + counters.probe_parts
+        assert copies <= HEDGE_BURST + HEDGE_SHARE * counters.calls
 
 
 async def test_crossings_wait_for_the_last_replica_of_a_group(
@@ -307,6 +434,10 @@ async def test_stats_report_table_load_and_replicas(tmp_path: Path) -> None:
         assert [replica.address for replica in stats.replicas] == sorted(plane.servers)
         assert sum(replica.pairs for replica in stats.replicas) == 10
         assert all(replica.connected for replica in stats.replicas)
+        assert not any(replica.suspect for replica in stats.replicas)
+        assert (stats.calls_waiting, stats.hedged_parts, stats.hedges_won) == (0, 0, 0)
+        asked_for = torch.bincount(random_call(5).expert_ids.reshape(-1), minlength=8)
+        assert list(stats.expert_pairs) == asked_for.tolist()
 
 
 async def test_a_group_without_replicas_fails_by_name(tmp_path: Path) -> None:

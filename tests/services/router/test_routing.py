@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from services.router.routing import Load, RoutingTable
 
-IDLE = Load(0, 0)
+IDLE = Load(False, 0, 0)
 
 
 def _loads(*addresses: str, **busy: Load) -> dict[str, Load]:
@@ -27,7 +27,9 @@ def test_experts_with_the_same_replicas_form_a_group() -> None:
 
 def test_each_group_takes_its_least_loaded_replica() -> None:
     table = RoutingTable.of(1, [["a", "b"], ["c", "d"]])
-    shares = table.split(_ids(0, 1, 0), _loads("b", "c", a=Load(5, 0), d=Load(1, 0))).shares
+    shares = table.split(
+        _ids(0, 1, 0), _loads("b", "c", a=Load(False, 5, 0), d=Load(False, 1, 0))
+    ).shares
     assert [(share.replica, share.positions.tolist()) for share in shares] == [
         ("b", [0, 2]),
         ("c", [1]),
@@ -36,19 +38,21 @@ def test_each_group_takes_its_least_loaded_replica() -> None:
 
 def test_equal_debts_go_to_the_replica_that_has_had_less() -> None:
     table = RoutingTable.of(1, [["a", "b"]])
-    loads = {"a": Load(0, 100), "b": Load(0, 90)}
+    loads = {"a": Load(False, 0, 100), "b": Load(False, 0, 90)}
     assert [share.replica for share in table.split(_ids(0), loads).shares] == ["b"]
 
 
 def test_groups_that_take_the_same_replica_share_a_message() -> None:
     table = RoutingTable.of(1, [["a", "b"], ["a"]])
-    shares = table.split(_ids(1, 0), _loads("a", b=Load(9, 9))).shares
+    shares = table.split(_ids(1, 0), _loads("a", b=Load(False, 9, 9))).shares
     assert [(share.replica, share.positions.tolist()) for share in shares] == [("a", [0, 1])]
 
 
 def test_a_replica_that_may_not_be_used_is_passed_over() -> None:
     table = RoutingTable.of(1, [["a", "b"]])
-    assert [share.replica for share in table.split(_ids(0), {"b": Load(99, 99)}).shares] == ["b"]
+    assert [share.replica for share in table.split(_ids(0), {"b": Load(False, 99, 99)}).shares] == [
+        "b"
+    ]
 
 
 def test_pairs_without_a_usable_replica_are_named_by_group_and_the_others_go() -> None:
