@@ -31,7 +31,7 @@ from model1.checkpoint import load_config
 from protos import attention_pb2, attention_pb2_grpc
 from services import rpc
 from services.attention.stats import Percentiles
-from services.gateway.workers import Worker, WorkerAddress
+from services.gateway.worker import Worker, WorkerAddress, WorkerTokens
 from services.generation import GenerationRequest
 
 ROUND_TRIPS_A_PAIR = 500
@@ -161,8 +161,8 @@ async def _take_turns(
 
     async def generate(request: GenerationRequest) -> AsyncIterator[Iterable[int]]:
         async for event in client.generate(request, timeout_s=None):
-            if isinstance(event, tuple):
-                yield event
+            if isinstance(event, WorkerTokens):
+                yield event.token_ids
 
     turns = _Turns([], [], [])
     try:

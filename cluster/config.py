@@ -76,6 +76,12 @@ class GatewaySettings(_Section):
 
     default_max_tokens: int = Field(256, ge=1, description="of a request that names no maximum")
     max_active_requests: int = Field(256, ge=1)
+    continue_patience_seconds: float = Field(
+        30.0, ge=0, description="that a request waits for a worker where none can be reached"
+    )
+    silent_worker_seconds: float = Field(
+        10.0, gt=0, description="without a token until a worker is asked whether it is there"
+    )
 
     @model_validator(mode="after")
     def _each_listens_on_a_port_of_its_own(self) -> Self:

@@ -83,7 +83,8 @@ def load_gateway(
     from services.gateway.counters import Outcome
     from services.gateway.server import GatewayConfig, GatewayServer
     from services.gateway.store import StoreAddress
-    from services.gateway.workers import WorkerAddress
+    from services.gateway.watched_worker import SilenceLimits
+    from services.gateway.worker import WorkerAddress
 
     async def topology() -> "Topology":
         return _reported(await snapshot())
@@ -97,6 +98,8 @@ def load_gateway(
             max_context_length=min((w.kv_tokens for w in peers.worker_addresses), default=None),
             default_max_tokens=settings.default_max_tokens,
             max_active_requests=settings.max_active_requests,
+            continue_patience_seconds=settings.continue_patience_seconds,
+            silence=SilenceLimits(silent_seconds=settings.silent_worker_seconds),
             metrics_host=settings.metrics_host,
             metrics_port=settings.metrics_port,
         )

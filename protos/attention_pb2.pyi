@@ -48,18 +48,18 @@ class AttentionAccepted(_message.Message):
     def __init__(self, kv_root: _Optional[bytes] = ...) -> None: ...
 
 class AttentionTokens(_message.Message):
-    __slots__ = ("token_ids",)
+    __slots__ = ("token_ids", "kv")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    kv: _inference_pb2.KvUsage
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., kv: _Optional[_Union[_inference_pb2.KvUsage, _Mapping]] = ...) -> None: ...
 
 class AttentionFinal(_message.Message):
-    __slots__ = ("finish_reason", "kv")
+    __slots__ = ("finish_reason",)
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
-    KV_FIELD_NUMBER: _ClassVar[int]
     finish_reason: _inference_pb2.FinishReason
-    kv: _inference_pb2.KvUsage
-    def __init__(self, finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., kv: _Optional[_Union[_inference_pb2.KvUsage, _Mapping]] = ...) -> None: ...
+    def __init__(self, finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ...) -> None: ...
 
 class AttentionAbortRequest(_message.Message):
     __slots__ = ("request_id",)

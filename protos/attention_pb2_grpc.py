@@ -66,6 +66,8 @@ class AttentionServicer:
 
     def Generate(self, request, context):
         """AttentionAccepted once, then AttentionTokens, then AttentionFinal once; or a failing status.
+        With the same seed an answer goes on elsewhere as it would have here: a request whose token_ids
+        are the prompt and the tokens so far, and whose max_tokens are what is left.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -59,6 +59,7 @@ class InferenceServicer:
     def GenerateStream(self, request, context):
         """Accepted once, then any number of Delta, then Final once. A stream that fails ends with a
         status instead of Final. Dropping the stream cancels the request.
+        A worker that is lost meanwhile costs a pause: another one goes on with the same tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

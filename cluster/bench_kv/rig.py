@@ -75,7 +75,7 @@ class Worker:
             async for event in stream:
                 arrivals += [time.perf_counter() - started] * len(event.token_ids)
                 answered += event.token_ids
-                usage = event.kv_usage or usage
+                usage = event.kv_usage
         assert usage is not None
         return Answer(tuple(answered), arrivals[0], arrivals[-1], usage, stream.kv_root)
 

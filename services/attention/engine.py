@@ -238,7 +238,7 @@ class Engine:
         del self._live[request.request_id]
         if not self._live:
             self._idle.set()
-        live.stream.end(outcome, sequence.claim.usage)
+        live.stream.end(outcome)
         if isinstance(outcome, FinishReason):
             self._counters.finished += 1
         elif isinstance(outcome, RequestCancelled):
@@ -288,7 +288,7 @@ class Engine:
         live = self._live[piece.sequence.request.request_id]
         if token_id is None or live.ending is not None:
             return
-        live.stream.put(token_id)
+        live.stream.put(token_id, live.sequence.claim.usage)
         if finish is not None:
             self._end(live, finish)
 

@@ -56,14 +56,16 @@ class AttentionService(attention_pb2_grpc.AttentionServicer):
                         accepted=attention_pb2.AttentionAccepted(kv_root=stream.kv_root)
                     )
                 )
+                has_begun = False
                 async for event in stream:
                     if event.token_ids:
-                        tokens = attention_pb2.AttentionTokens(token_ids=event.token_ids)
+                        kv = None if has_begun else kv_usage_to_wire(event.kv_usage)
+                        tokens = attention_pb2.AttentionTokens(token_ids=event.token_ids, kv=kv)
                         await context.write(attention_pb2.AttentionGenerateResponse(tokens=tokens))
+                        has_begun = True
                     if event.finish_reason is not None:
                         final = attention_pb2.AttentionFinal(
-                            finish_reason=FINISH_REASON_TO_WIRE[event.finish_reason],
-                            kv=kv_usage_to_wire(event.kv_usage) if event.kv_usage else None,
+                            finish_reason=FINISH_REASON_TO_WIRE[event.finish_reason]
                         )
                         await context.write(attention_pb2.AttentionGenerateResponse(final=final))
 

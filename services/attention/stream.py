@@ -11,11 +11,11 @@ from services.generation import FinishReason, KvUsage
 
 
 class TokenEvent(NamedTuple):
-    """Tokens since the last event; the rest is set in the last event of an answer."""
+    """Tokens since the last event, and in the last one of an answer why it ended."""
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
-    kv_usage: KvUsage | None
+    kv_usage: KvUsage  # of the prompt: the same in every event
 
 
 class TokenStream:
@@ -28,7 +28,7 @@ class TokenStream:
         self.kv_root = kv_root
         self._tokens: list[int] = []
         self._outcome: FinishReason | Exception | None = None
-        self._kv_usage: KvUsage | None = None
+        self._kv_usage = KvUsage()
         self._is_consumed = False
         self._wake = asyncio.Event()
 
@@ -37,16 +37,16 @@ class TokenStream:
         """The engine is done with the request, though events may still wait."""
         return self._outcome is not None
 
-    def put(self, token_id: int) -> None:
+    def put(self, token_id: int, kv_usage: KvUsage) -> None:
         assert self._outcome is None
         self._tokens.append(token_id)
+        self._kv_usage = kv_usage
         self._wake.set()
 
-    def end(self, outcome: FinishReason | Exception, kv_usage: KvUsage) -> None:
+    def end(self, outcome: FinishReason | Exception) -> None:
         """Exactly once a stream."""
         assert self._outcome is None
         self._outcome = outcome
-        self._kv_usage = kv_usage
         self._wake.set()
 
     def __aiter__(self) -> "TokenStream":

@@ -53,6 +53,18 @@ class CountedRequest:
     def generated(self, num_tokens: int) -> None:
         self._counters.generated_tokens += num_tokens
 
+    def waited(self) -> None:
+        """There was no worker to take it, or to go on with it."""
+        self._counters.waited += 1
+
+    def continued(self) -> None:
+        """Another worker has queued the rest of it."""
+        self._counters.continued += 1
+
+    def recomputed(self, num_tokens: int) -> None:
+        """That worker had to compute so many tokens of prompt and answer; the rest it found."""
+        self._counters.recomputed_tokens += num_tokens
+
     def answered(self, final: Final) -> None:
         """The client has it all."""
         self.final = final
@@ -67,6 +79,9 @@ class RequestCounters:
         self.ended: Counter[Outcome] = Counter()
         self.prompt_tokens: Counter[str] = Counter()  # source -> tokens, of finished requests
         self.generated_tokens = 0  # of all, also of those that did not finish
+        self.waited = 0  # times that a request found no worker; it may find one later
+        self.continued = 0  # times that a worker went on with what another one had queued
+        self.recomputed_tokens = 0  # by those, of prompt and answer
 
     @contextmanager
     def request(self) -> Iterator[CountedRequest]:

@@ -15,7 +15,6 @@ from services.errors import (
     DeadlineExceeded,
     Draining,
     DuplicateRequest,
-    InternalFailure,
     QueueFull,
     RequestCancelled,
     ServiceError,
@@ -23,9 +22,10 @@ from services.errors import (
 )
 from services.gateway.admission import Admission, AskedRequest
 from services.gateway.answer import Accepted, Answer, Frame
+from services.gateway.continuation import Completed, Continuation, Queued
 from services.gateway.counters import CountedRequest, RequestCounters
 from services.gateway.sessions import Sessions, Turn
-from services.gateway.workers import Worker, WorkerAccepted, WorkerFinal, WorkerPool
+from services.gateway.workers import WorkerPool
 from services.generation import GenerationRequest
 from services.session_record import SessionName
 
@@ -47,7 +47,7 @@ class _Call:
 
     counted: CountedRequest
     turn: Turn | None
-    timeout_s: float | None
+    deadline_s: float | None  # on the loop's clock
     emit: Emit
 
 
@@ -61,11 +61,14 @@ class Gateway:
         sessions: Sessions,
         *,
         max_active_requests: int,
+        continue_patience_s: float,
     ) -> None:
+        """`continue_patience_s`: that a request waits for a worker to take it, or to go on."""
         self.admission = admission
         self.workers = workers
         self.sessions = sessions
         self.max_active_requests = max_active_requests
+        self._continue_patience_s = continue_patience_s
         self.counters = RequestCounters()
         self._live: dict[str, _Live] = {}
         self._idle = asyncio.Event()
@@ -102,7 +105,7 @@ class Gateway:
         with self._registered(asked.request_id, timeout_s) as live:
             try:
                 async with live.scope, self._turn(asked) as turn:
-                    await self._serve(asked, _Call(counted, turn, timeout_s, emit))
+                    await self._serve(asked, _Call(counted, turn, live.scope.when(), emit))
             except TimeoutError:
                 raise live.ending or DeadlineExceeded(
                     f"the deadline of {timeout_s} s passed"
@@ -142,37 +145,39 @@ class Gateway:
 
     async def _serve(self, asked: AskedRequest, call: _Call) -> None:
         request = self.admission.admit(asked, call.turn.history if call.turn else ())
-        last_worker = call.turn.last_worker if call.turn else ""
-        async with self.workers.claim(request, last_worker=last_worker) as worker:
-            await self._relay(request, worker, call)
-
-    async def _relay(self, request: GenerationRequest, worker: Worker, call: _Call) -> None:
-        emit = call.emit
+        continuation = Continuation(
+            request,
+            self.workers,
+            call.counted,
+            last_worker=call.turn.last_worker if call.turn else "",
+            deadline_s=call.deadline_s,
+            patience_s=self._continue_patience_s,
+        )
         answer = Answer(request, self.admission.tokenizer)
-        kv_root = b""
-        async with aclosing(worker.generate(request, call.timeout_s)) as events:
+        async with aclosing(continuation.events()) as events:
             async for event in events:
                 match event:
-                    case WorkerAccepted():
-                        kv_root = event.kv_root
+                    case Queued():
                         call.counted.accepted()
-                        await emit(Accepted(request.request_id, worker.row.name))
-                    case WorkerFinal():
-                        if rest := answer.rest():
-                            await emit(rest)
-                        token_ids = request.token_ids + answer.token_ids
-                        self.workers.learn(worker, request.cache_salt, token_ids)
-                        if call.turn:
-                            name = worker.row.name
-                            await call.turn.keep(token_ids, kv_root=kv_root, worker=name)
-                        final = answer.final(event.finish_reason, event.kv)
-                        await emit(final)
-                        call.counted.answered(final)
-                        return
+                        await call.emit(Accepted(request.request_id, event.worker))
+                    case Completed():
+                        await self._complete(request, answer, event, call)
                     case token_ids:
                         call.counted.generated(len(token_ids))
-                        await emit(answer.delta(token_ids))
-        raise InternalFailure(f"attention worker {worker.row.name} ended without a finish reason")
+                        await call.emit(answer.delta(token_ids))
+
+    async def _complete(
+        self, request: GenerationRequest, answer: Answer, completed: Completed, call: _Call
+    ) -> None:
+        if rest := answer.rest():
+            await call.emit(rest)
+        token_ids, row = request.token_ids + answer.token_ids, completed.worker
+        self.workers.learn(row, request.cache_salt, token_ids)
+        if call.turn:
+            await call.turn.keep(token_ids, kv_root=completed.kv_root, worker=row.name)
+        final = answer.final(completed.finish_reason, completed.kv)
+        await call.emit(final)
+        call.counted.answered(final)
 
     @contextmanager
     def _registered(self, request_id: str, timeout_s: float | None) -> Iterator[_Live]:

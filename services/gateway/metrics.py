@@ -263,6 +263,23 @@ _GATEWAY: tuple[_Family[Report], ...] = (
         "Tokens generated for clients, whether the request finished or not.",
         lambda report: report.counters.generated_tokens,
     ),
+    _counter(
+        "model1_requests_continued_total",
+        "Times that an attention worker went on with a request that another one had queued and "
+        "was lost with.",
+        lambda report: report.counters.continued,
+    ),
+    _counter(
+        "model1_continued_computed_tokens_total",
+        "Tokens of prompt and answer that these workers computed before they could go on, as no "
+        "tier had their KV; counted when they give their first token.",
+        lambda report: report.counters.recomputed_tokens,
+    ),
+    _counter(
+        "model1_requests_waited_total",
+        "Times that no attention worker could take a request, or go on with it, and it waited.",
+        lambda report: report.counters.waited,
+    ),
     _gauge(
         "model1_routing_epoch",
         "Epoch of the routing table in use.",

@@ -1,7 +1,7 @@
 """The gRPC edge of a gateway's requests, and its life from listening to closed."""
 
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,6 +24,7 @@ from services.gateway.session_service import SessionsService, sessions_service
 from services.gateway.sessions import Sessions
 from services.gateway.stores import StoreSet
 from services.gateway.topology import TopologySource
+from services.gateway.watched_worker import SilenceLimits
 from services.gateway.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class GatewayConfig:
     max_context_length: int | None = None  # None: what the model was made for
     default_max_tokens: int = 256
     max_active_requests: int = 256
+    # That a request waits for an attention worker to take it, or to go on where one was lost.
+    continue_patience_seconds: float = 30.0
+    silence: SilenceLimits = field(default_factory=SilenceLimits)
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None  # None: no metrics; 0: any free port
 
@@ -100,9 +104,10 @@ class GatewayServer:
         admission = Admission(Tokenizer.from_dir(config.model_dir), model_limits(model, config))
         gateway = Gateway(
             admission,
-            WorkerPool(),
+            WorkerPool(config.silence),
             Sessions(StoreSet()),
             max_active_requests=config.max_active_requests,
+            continue_patience_s=config.continue_patience_seconds,
         )
         async with AsyncExitStack() as opened:
             metrics = await _open_metrics(gateway, config, topology)

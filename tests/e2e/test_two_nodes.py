@@ -36,14 +36,6 @@ def kill(deployment: Served, *names: str) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def is_refused_once(deployment: Served) -> None:
-    """Whoever asks first is told that the worker is gone; the session is none the worse for it."""
-    refused = run(
-        *("generate", "x", *SESSION, "--max-tokens", "1", "--endpoint", deployment.endpoint)
-    )
-    assert (refused.code, "attention-0" in refused.stderr) == (3, True)
-
-
 def test_a_session_goes_on_at_another_node(tiny_checkpoint: Path, ray_address: str) -> None:
     flags = ("--model", tiny_checkpoint, "--attention-workers", "2", "--ray-address", ray_address)
     with served(*flags) as deployment:
@@ -59,7 +51,6 @@ def test_a_session_goes_on_at_another_node(tiny_checkpoint: Path, ray_address: s
         [listed] = run_json("session", "list", "--endpoint", deployment.endpoint)["sessions"]
         assert listed["worker"] == "attention-0"
         kill(deployment, "attention-0")
-        is_refused_once(deployment)
         second = turn(deployment, (5,), *SESSION)
         assert second["token_ids"] == generated(history)
         came_from = kv_tokens(second)
@@ -81,7 +72,6 @@ def test_a_session_goes_on_from_redis_when_its_node_is_dead(
             history = (*PROMPT, *first["token_ids"], 5)
             wait_until_stored(deployment, "cold")
             kill(deployment, "attention-0", "kvstore-0")
-            is_refused_once(deployment)
             second = turn(deployment, (5,), *SESSION)
             assert second["token_ids"] == generated(history)
             came_from = kv_tokens(second)

@@ -21,7 +21,7 @@ from services.expert.replica import ExpertReplica
 from services.expert.server import expert_service
 from services.gateway.server import GatewayConfig, GatewayServer
 from services.gateway.topology import Topology
-from services.gateway.workers import WorkerAddress
+from services.gateway.worker import WorkerAddress
 from services.router.router import Router
 from services.router.routing import RoutingTable
 from services.router.server import router_service

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from protos import attention_pb2, attention_pb2_grpc
+from protos import attention_pb2, attention_pb2_grpc, inference_pb2
 from services import rpc
 from services.attention.engine import EngineConfig
 from services.attention.kv_cache import KvCacheConfig
@@ -52,7 +52,7 @@ class Worker:
 
     async def ask(self, prompt: tuple[int, ...], num_tokens: int = 4) -> KvUsage:
         token_ids: list[int] = []
-        final = attention_pb2.AttentionFinal()
+        kv = inference_pb2.KvUsage()
         async for event in self.stub.Generate(
             attention_pb2.AttentionGenerateRequest(
                 request_id=secrets.token_hex(8),
@@ -65,9 +65,9 @@ class Worker:
             if event.HasField("accepted"):
                 self.kv_root = event.accepted.kv_root
             token_ids += event.tokens.token_ids
-            final.MergeFrom(event.final)
+            kv.MergeFrom(event.tokens.kv)
         assert tuple(token_ids) == answer(prompt, num_tokens).token_ids
-        return kv_usage_from_wire(final.kv)
+        return kv_usage_from_wire(kv)
 
     async def stats(self) -> attention_pb2.AttentionKvStats:
         return (await self.stub.Stats(attention_pb2.AttentionStatsRequest())).kv

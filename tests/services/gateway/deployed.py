@@ -1,7 +1,7 @@
 """A gateway with two attention workers over a tiny model, all real, and a client's stubs to it."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from services.attention.server import AttentionWorker, AttentionWorkerConfig
 from services.gateway.server import GatewayConfig, GatewayServer
 from services.gateway.store import StoreAddress
 from services.gateway.topology import Member, Topology
-from services.gateway.workers import WorkerAddress
+from services.gateway.worker import WorkerAddress
 from tests.services import tiny_model
 
 MAX_ACTIVE = 4
@@ -74,40 +74,29 @@ class Deployment:
 
 
 @asynccontextmanager
-async def deployed(
-    folder: Path, store: StoreAddress | None = None, *, metrics_port: int | None = None
+async def gateway_over(
+    folder: Path,
+    rows: Sequence[WorkerAddress],
+    workers: Sequence[AttentionWorker] = (),
+    pools: Sequence[KVPool] = (),
+    **settings: Any,
 ) -> AsyncIterator[Deployment]:
-    """`store` is the KV store of both workers' node."""
-    store_name, store_address = (store.name, store.address) if store else ("", "")
+    """A gateway with this table; `settings` are more of its own."""
     model_dir = tiny_model.write_model_dir(folder)
-    pools = (tiny_model.pool(), tiny_model.pool())
-    names = ["attention-0", "attention-1"]
-    workers = [
-        await open_worker(name, pool, store_address)
-        for name, pool in zip(names, pools, strict=True)
-    ]
     config = GatewayConfig(
         model_dir=model_dir,
         version="1.2.3",
         address="127.0.0.1:0",
         default_max_tokens=5,
-        max_active_requests=MAX_ACTIVE,
-        metrics_port=metrics_port,
+        **{"max_active_requests": MAX_ACTIVE, **settings},
     )
     gateway = await GatewayServer.open(config, topology)
-    await gateway.gateway.workers.update(
-        [
-            WorkerAddress(name, worker.address, store_name)
-            for name, worker in zip(names, workers, strict=True)
-        ]
-    )
-    if store is not None:
-        await gateway.gateway.sessions.stores.update([store])
+    await gateway.gateway.workers.update(rows)
     async with rpc.channel(gateway.address) as channel:
         yield Deployment(
             gateway,
             tuple(workers),
-            pools,
+            tuple(pools),
             Tokenizer.from_dir(model_dir),
             inference_pb2_grpc.InferenceStub(channel),
             control_pb2_grpc.ControlStub(channel),
@@ -115,6 +104,28 @@ async def deployed(
         )
     await gateway.stop(grace_s=0)
     assert gateway.gateway.num_active == 0
+
+
+@asynccontextmanager
+async def deployed(
+    folder: Path, store: StoreAddress | None = None, **settings: Any
+) -> AsyncIterator[Deployment]:
+    """`store` is the KV store of both workers' node; `settings` are more of the gateway's."""
+    store_name, store_address = (store.name, store.address) if store else ("", "")
+    pools = (tiny_model.pool(), tiny_model.pool())
+    names = ["attention-0", "attention-1"]
+    workers = [
+        await open_worker(name, pool, store_address)
+        for name, pool in zip(names, pools, strict=True)
+    ]
+    rows = [
+        WorkerAddress(name, worker.address, store_name)
+        for name, worker in zip(names, workers, strict=True)
+    ]
+    async with gateway_over(folder, rows, workers, pools, **settings) as deployment:
+        if store is not None:
+            await deployment.gateway.gateway.sessions.stores.update([store])
+        yield deployment
     for worker in workers:
         await worker.stop(grace_s=0)
         worker.engine.check()

@@ -94,7 +94,7 @@ def test_the_sources_of_a_finished_prompt_add_up_to_it() -> None:
 
 
 async def test_a_gateway_counts_each_of_its_requests_once(tmp_path: Path) -> None:
-    async with deployed(tmp_path) as deployment:
+    async with deployed(tmp_path, continue_patience_seconds=0) as deployment:
         gateway, inference = deployment.gateway.gateway, deployment.inference
         counters = gateway.counters
         expected = {outcome: 0 for outcome in Outcome}
@@ -138,7 +138,7 @@ async def test_a_gateway_counts_each_of_its_requests_once(tmp_path: Path) -> Non
         await ended(Outcome.CANCELLED)
 
         accepted = counters.accepted
-        await _lose_a_request_and_its_worker(deployment)
+        await _lose_a_request_and_all_workers(deployment)
         await ended(Outcome.FAILED)
         assert counters.accepted == accepted + 1
         await gateway.workers.update([])
@@ -155,8 +155,8 @@ async def _never(_frame: Frame) -> None:
     await asyncio.Event().wait()
 
 
-async def _lose_a_request_and_its_worker(deployment: Deployment) -> None:
+async def _lose_a_request_and_all_workers(deployment: Deployment) -> None:
     call = deployment.inference.GenerateStream(request(max_tokens=390))
-    name = (await frame(call, "accepted")).worker
-    await deployment.workers[int(name[-1])].stop(grace_s=0)
+    await frame(call, "accepted")
+    await asyncio.gather(*(worker.stop(grace_s=0) for worker in deployment.workers))
     await failure(call)
