@@ -125,6 +125,10 @@ def probability(text: str) -> float:
     return _number(text, float, "above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
+def above_zero(text: str) -> float:
+    return _number(text, float, "above 0 and below 1e9", lambda value: 0 < value < 1e9)
+
+
 def ratio(text: str) -> float:
     return _number(text, float, "0 or more", lambda value: math.isfinite(value) and value >= 0)
 

@@ -27,14 +27,15 @@ def test_zipf_load_is_even_again_within_a_minute_of_each_drift(topk: int, seed: 
 
 
 def test_what_is_measured_follows_from_the_seed() -> None:
-    short = replace(SCENARIO, num_drifts=2, drift_every_seconds=15)
+    short = Scenario(num_experts=32, num_replicas=4, num_drifts=2, drift_every_seconds=15)
     assert simulate_drift(short, seed=3) == simulate_drift(short, seed=3)
     assert simulate_drift(short, seed=3).balances != simulate_drift(short, seed=4).balances
 
 
 def test_slow_loads_delay_the_balance() -> None:
-    fast = simulate_drift(replace(SCENARIO, num_drifts=1), seed=0)
-    slow = simulate_drift(replace(SCENARIO, num_drifts=1, bytes_per_second=10**8), seed=0)
+    usual = replace(SCENARIO, topk=1, num_drifts=1)
+    fast = simulate_drift(usual, seed=0)
+    slow = simulate_drift(replace(usual, bytes_per_second=10**8), seed=0)
     assert slow.scenario.load_seconds == pytest.approx(EXPERT_BYTES / 1e8)
     assert (slow.drifts[0].seconds_to_target or 999) > (fast.drifts[0].seconds_to_target or 999)
 

@@ -54,3 +54,48 @@ def test_what_cannot_be_is_a_usage_error(
         code = exit_of_argparse.code
     assert code == 2
     assert value in capsys.readouterr().err
+
+
+def _write_trace(path: Path) -> Path:
+    path.write_text("seconds,requests_per_second\n0,10\n600,100\n1200,10\n3600,10\n")
+    return path
+
+
+def test_a_recorded_load_as_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = _write_trace(tmp_path / "monday.csv")
+    assert main(["plan", "autoscale", "--trace", str(trace), "--max-replicas", "9"]) == 0
+    out = capsys.readouterr().out
+    assert "1 to 9 replicas" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("monday"))
+    assert row[1:3] == ["1.0", "15"]  # hours; 100 requests/s at 7 a replica
+
+
+def test_loads_as_json_and_as_a_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace, plot = _write_trace(tmp_path / "monday.csv"), tmp_path / "replicas.svg"
+    arguments = ["--trace", str(trace), "--plot", str(plot), "--format", "json"]
+    assert main(["plan", "autoscale", *arguments]) == 0
+    (load,) = json.loads(capsys.readouterr().out)["loads"]
+    assert 0 < load["replica_hours"] < load["fixed_replica_hours"] == 15
+    assert "<svg" in plot.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        (("--trace", "/nowhere.csv"), "--trace /nowhere.csv"),
+        (("--busy-share", "1.5"), "1.5 must be above 0 and at most 1"),
+        (("--queue-seconds", "0"), "0 must be above 0"),
+        (("--peak", "1e300"), "1e300 must be above 0 and below 1e9"),
+        (("--plot", "/nowhere/replicas.svg"), "/nowhere"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], value: str
+) -> None:
+    code: object
+    try:
+        code = main(["plan", "autoscale", *arguments])
+    except SystemExit as exit_of_argparse:
+        code = exit_of_argparse.code
+    assert code == 2
+    assert value in capsys.readouterr().err
