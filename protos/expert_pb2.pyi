@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ExpertRows(_message.Message):
-    __slots__ = ("call_id", "layer", "dtype", "num_rows", "hidden_size", "num_pairs", "rows", "row_index", "expert_ids", "weights", "deadline_seconds")
+    __slots__ = ("call_id", "layer", "dtype", "num_rows", "hidden_size", "num_pairs", "rows", "row_index", "expert_ids", "weights", "deadline_seconds", "checksum")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,7 @@ class ExpertRows(_message.Message):
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     layer: int
     dtype: _tensor_pb2.DType
@@ -31,17 +32,20 @@ class ExpertRows(_message.Message):
     expert_ids: bytes
     weights: bytes
     deadline_seconds: float
-    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_pairs: _Optional[int] = ..., rows: _Optional[bytes] = ..., row_index: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., deadline_seconds: _Optional[float] = ...) -> None: ...
+    checksum: int
+    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_pairs: _Optional[int] = ..., rows: _Optional[bytes] = ..., row_index: _Optional[bytes] = ..., expert_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., deadline_seconds: _Optional[float] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class ExpertOutputs(_message.Message):
-    __slots__ = ("call_id", "pair_rows", "error")
+    __slots__ = ("call_id", "pair_rows", "error", "checksum")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     PAIR_ROWS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     pair_rows: bytes
     error: _tensor_pb2.CallError
-    def __init__(self, call_id: _Optional[int] = ..., pair_rows: _Optional[bytes] = ..., error: _Optional[_Union[_tensor_pb2.CallError, _Mapping]] = ...) -> None: ...
+    checksum: int
+    def __init__(self, call_id: _Optional[int] = ..., pair_rows: _Optional[bytes] = ..., error: _Optional[_Union[_tensor_pb2.CallError, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class ExpertStatsRequest(_message.Message):
     __slots__ = ()

@@ -2,7 +2,7 @@
 
 Knows no stream, no routing and no torch. A bfloat16 tensor is an array of its raw uint16 words, a
 float32 tensor an array of float32; nothing else travels. Whatever arrives is checked against the
-shape it claims before an array is made of it.
+shape it claims before an array is made of it, and what crosses between nodes against a checksum.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from protos import expert_pb2, router_pb2, tensor_pb2
@@ -32,6 +33,10 @@ _DTYPE_OF = {word: dtype for dtype, word in _WORD_OF.items()}
 
 class MalformedCall(ValueError):
     """A message whose fields contradict each other or the model; a bug of its sender."""
+
+
+class DamagedCall(MalformedCall):
+    """A message whose bytes are not those that were sent. Sent again it may be whole."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +94,13 @@ def encode_expert_rows(
     call_id: int, call: ExpertRows, deadline_seconds: float | None
 ) -> expert_pb2.ExpertRows:
     num_rows, hidden_size = call.rows.shape
+    tensors = (
+        call.rows.tobytes(),
+        call.row_index.tobytes(),
+        call.expert_ids.tobytes(),
+        call.weights.tobytes(),
+    )
+    rows, row_index, expert_ids, weights = tensors
     return expert_pb2.ExpertRows(
         call_id=call_id,
         layer=call.layer,
@@ -96,35 +108,47 @@ def encode_expert_rows(
         num_rows=num_rows,
         hidden_size=hidden_size,
         num_pairs=len(call.row_index),
-        rows=call.rows.tobytes(),
-        row_index=call.row_index.tobytes(),
-        expert_ids=call.expert_ids.tobytes(),
-        weights=call.weights.tobytes(),
+        rows=rows,
+        row_index=row_index,
+        expert_ids=expert_ids,
+        weights=weights,
         deadline_seconds=deadline_seconds or 0.0,
+        checksum=_checksum(*tensors),
     )
 
 
 def decode_expert_rows(message: expert_pb2.ExpertRows) -> ExpertRows:
-    row_index = _array("row_index", message.row_index, _INDEX, message.num_pairs)
-    if (stray := first_outside(row_index, message.num_rows)) is not None:
-        raise MalformedCall(f"row_index holds {stray}, there are {message.num_rows} rows")
-    return ExpertRows(
-        layer=message.layer,
-        rows=_words("rows", message.rows, message.dtype, message.num_rows, message.hidden_size),
-        row_index=row_index,
-        expert_ids=_array("expert_ids", message.expert_ids, _INDEX, message.num_pairs),
-        weights=_array("weights", message.weights, FLOAT32_WORD, message.num_pairs),
+    tensors = rows, row_index, expert_ids, weights = (
+        message.rows,
+        message.row_index,
+        message.expert_ids,
+        message.weights,
     )
+    call = ExpertRows(
+        layer=message.layer,
+        rows=_words("rows", rows, message.dtype, message.num_rows, message.hidden_size),
+        row_index=_array("row_index", row_index, _INDEX, message.num_pairs),
+        expert_ids=_array("expert_ids", expert_ids, _INDEX, message.num_pairs),
+        weights=_array("weights", weights, FLOAT32_WORD, message.num_pairs),
+    )
+    _verify("the call", message.checksum, *tensors)
+    if (stray := first_outside(call.row_index, message.num_rows)) is not None:
+        raise MalformedCall(f"row_index holds {stray}, there are {message.num_rows} rows")
+    return call
 
 
 def encode_expert_outputs(call_id: int, pair_rows: Words) -> expert_pb2.ExpertOutputs:
-    return expert_pb2.ExpertOutputs(call_id=call_id, pair_rows=pair_rows.tobytes())
+    data = pair_rows.tobytes()
+    return expert_pb2.ExpertOutputs(call_id=call_id, pair_rows=data, checksum=_checksum(data))
 
 
 def decode_pair_rows(
     message: expert_pb2.ExpertOutputs, word: np.dtype[Any], num_pairs: int, hidden_size: int
 ) -> Words:
-    return _array("pair_rows", message.pair_rows, word, num_pairs, hidden_size)
+    data = message.pair_rows
+    pair_rows = _array("pair_rows", data, word, num_pairs, hidden_size)
+    _verify("pair_rows", message.checksum, data)
+    return pair_rows
 
 
 def encode_layer_sums(call_id: int, sums: NDArray[np.float32]) -> router_pb2.LayerSums:
@@ -139,7 +163,9 @@ def decode_sums(
 
 def encode_error(error: Exception) -> tensor_pb2.CallError:
     """What a call of a dispatch stream answers instead of rows."""
-    if isinstance(error, MalformedCall):
+    if isinstance(error, DamagedCall):
+        status = grpc.StatusCode.DATA_LOSS
+    elif isinstance(error, MalformedCall):
         status = grpc.StatusCode.INVALID_ARGUMENT
     else:
         status = errors.STATUS.get(type(error), grpc.StatusCode.INTERNAL)
@@ -178,6 +204,18 @@ def widened(words: Words) -> NDArray[np.float32]:
     wide = words.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)
+
+
+def _checksum(*tensors: bytes) -> int:
+    state = xxhash.xxh3_64()
+    for tensor in tensors:
+        state.update(tensor)
+    return state.intdigest()
+
+
+def _verify(name: str, expected: int, *tensors: bytes) -> None:
+    if (checksum := _checksum(*tensors)) != expected:
+        raise DamagedCall(f"checksum of {name} is {checksum:016x}, sent was {expected:016x}")
 
 
 def _dtype_of(rows: Words) -> tensor_pb2.DType:

@@ -23,8 +23,9 @@ from services.wire import ExpertRows, Words
 
 # A replica that answered wrongly is passed over for so long, where there is another.
 WRONG_ANSWER_PAUSE_SECONDS = 1.0
-# Answers that another replica may better: full, or going.
+# Answers that another replica may better: full, going, or the call came damaged.
 _TRY_ANOTHER = {
+    grpc.StatusCode.DATA_LOSS.value[0],
     grpc.StatusCode.RESOURCE_EXHAUSTED.value[0],
     grpc.StatusCode.UNAVAILABLE.value[0],
 }

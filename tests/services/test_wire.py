@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import grpc
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import torch
 from model1.errors import ConfigError
 from protos import expert_pb2, router_pb2
 from services import errors, wire
-from services.wire import ExpertRows, LayerRows, MalformedCall
+from services.wire import DamagedCall, ExpertRows, LayerRows, MalformedCall
 
 
 def _layer_rows(dtype: type = np.float32) -> LayerRows:
@@ -75,10 +77,32 @@ def test_layer_rows_that_contradict_themselves_are_refused(
 
 @pytest.mark.parametrize("row_index", [[0, 1, 2], [-1, 0, 1]])
 def test_a_row_index_outside_of_the_rows_is_refused(row_index: list[int]) -> None:
-    message = wire.encode_expert_rows(1, _expert_rows(), None)
-    message.row_index = np.array(row_index, dtype=np.int32).tobytes()
+    call = replace(_expert_rows(), row_index=np.array(row_index, dtype=np.int32))
+    message = wire.encode_expert_rows(1, call, None)
     with pytest.raises(MalformedCall, match="there are 2 rows"):
         wire.decode_expert_rows(message)
+
+
+@pytest.mark.parametrize("field", ["rows", "row_index", "expert_ids", "weights"])
+def test_a_call_with_one_bit_flipped_is_refused(field: str) -> None:
+    message = wire.encode_expert_rows(1, _expert_rows(), None)
+    setattr(message, field, _with_a_bit_flipped(getattr(message, field)))
+    with pytest.raises(DamagedCall, match=r"checksum of the call is [0-9a-f]{16}, sent was"):
+        wire.decode_expert_rows(message)
+
+
+def test_an_answer_comes_back_as_it_was_or_is_refused() -> None:
+    rows = _expert_rows().rows
+    message = wire.encode_expert_outputs(1, rows)
+    got = wire.decode_pair_rows(message, wire.FLOAT32_WORD, *rows.shape)
+    np.testing.assert_array_equal(got, rows, strict=True)
+    message.pair_rows = _with_a_bit_flipped(message.pair_rows)
+    with pytest.raises(DamagedCall, match="checksum of pair_rows"):
+        wire.decode_pair_rows(message, wire.FLOAT32_WORD, *rows.shape)
+
+
+def _with_a_bit_flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 def test_widening_a_bfloat16_word_is_exact() -> None:
@@ -99,6 +123,7 @@ def test_widening_a_bfloat16_word_is_exact() -> None:
             errors.DeadlineExceeded,
         ),
         (errors.ModelMismatch("x"), grpc.StatusCode.FAILED_PRECONDITION, errors.ModelMismatch),
+        (DamagedCall("x"), grpc.StatusCode.DATA_LOSS, errors.InternalFailure),
         (MalformedCall("x"), grpc.StatusCode.INVALID_ARGUMENT, errors.InternalFailure),
         (errors.InternalFailure("x"), grpc.StatusCode.INTERNAL, errors.InternalFailure),
         (ConfigError("x"), grpc.StatusCode.FAILED_PRECONDITION, errors.ModelMismatch),

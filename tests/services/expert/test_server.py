@@ -64,7 +64,7 @@ async def test_calls_are_answered_in_order_on_one_stream(
     ("field", "value", "code", "words"),
     [
         ("layer", 99, grpc.StatusCode.FAILED_PRECONDITION, "layer 99"),
-        ("expert_ids", b"\x05\0\0\0" * 2, grpc.StatusCode.FAILED_PRECONDITION, "expert 5"),
+        ("expert_ids", b"\x05\0\0\0" * 2, grpc.StatusCode.DATA_LOSS, "checksum of the call"),
         ("dtype", 2, grpc.StatusCode.INVALID_ARGUMENT, "rows of shape"),
         ("rows", b"", grpc.StatusCode.INVALID_ARGUMENT, "got 0"),
         ("num_pairs", 3, grpc.StatusCode.INVALID_ARGUMENT, "row_index"),

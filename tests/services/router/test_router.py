@@ -1,12 +1,14 @@
 """The router against real replicas: loss, refusal, wrong answers, tables that change under way."""
 
 import asyncio
+import functools
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from protos import expert_pb2, router_pb2, router_pb2_grpc, tensor_pb2
 from services import rpc, wire
 from services.errors import DeadlineExceeded, ExpertsUnavailable
 from services.expert.replica import ExpertReplica
+from services.router import hedging, replica_link
 from services.router.hedging import HEDGE_BURST, HEDGE_SHARE
 from services.router.replica_link import ReplicaLink
 from services.router.routing import RoutingTable
@@ -66,6 +69,20 @@ def replica_process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str
     process.stdout.close()
 
 
+@pytest.fixture
+def no_hedges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow this machine is: for tests that count parts."""
+    monkeypatch.setattr(hedging, "HEDGE_FLOOR_SECONDS", 600.0)
+    monkeypatch.setattr(hedging, "UNMEASURED_SECONDS", 600.0)
+
+
+@pytest.fixture
+def equal_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However unevenly this machine runs: no replica is passed over for being slow, nor probed."""
+    monkeypatch.setattr(hedging, "SLOW_FACTOR", math.inf)
+
+
+@pytest.mark.usefixtures("no_hedges")
 async def test_calls_under_way_on_a_killed_replica_go_to_another(
     tmp_path: Path, replica_process: tuple[subprocess.Popen[str], str]
 ) -> None:
@@ -90,16 +107,19 @@ async def test_calls_under_way_on_a_killed_replica_go_to_another(
 
 async def _freeze(plane: DispatchPlane, process: subprocess.Popen[str], address: str) -> Crossings:
     """Stop it, and submit calls until it has some; its socket stays open, and nobody answers."""
-    os.kill(process.pid, signal.SIGSTOP)
     frozen = _link(plane, address)
+    await until(lambda: not frozen.outstanding_pairs)  # of a call that was hedged
+    os.kill(process.pid, signal.SIGSTOP)
+    calls_before = plane.router.counters.calls
     pending: Crossings = []
     while not frozen.outstanding_pairs:
         call = random_call(4, seed=len(pending))
         pending.append((call, await plane.experts.submit(call)))
-        await until(lambda: plane.router.counters.calls >= len(pending))
+        await until(lambda: plane.router.counters.calls == calls_before + len(pending))
     return pending
 
 
+@pytest.mark.usefixtures("equal_speeds")
 async def test_calls_under_way_on_a_frozen_replica_are_hedged(
     tmp_path: Path, replica_process: tuple[subprocess.Popen[str], str]
 ) -> None:
@@ -170,12 +190,7 @@ async def _one_of_two_scripted(
     directory: Path,
 ) -> AsyncIterator[tuple[DispatchPlane, ScriptedExpert, ReplicaLink]]:
     """A plane whose one group has two exact replicas, of which one can be made slow."""
-    exact = ExpertReplica("scripted", seeded_bank(range(8), torch.float32))
-    scripted = ScriptedExpert(
-        lambda message: wire.encode_expert_outputs(
-            message.call_id, exact.compute(wire.decode_expert_rows(message))
-        )
-    )
+    scripted = ScriptedExpert(_exact)
     async with (
         dispatch_plane(directory, num_groups=1) as plane,
         scripted.serving(f"unix:{directory}/scripted.sock") as address,
@@ -191,19 +206,23 @@ async def _one_of_two_scripted(
         assert plane.router.counters.failed_calls == 0
 
 
+@pytest.mark.usefixtures("no_hedges")
 async def test_a_slow_replica_is_only_probed_until_it_is_not_slow(tmp_path: Path) -> None:
     async with _one_of_two_scripted(tmp_path) as (plane, scripted, link):
-        counters = plane.router.counters
+
+        def num_chosen() -> int:
+            return link.calls - plane.router.counters.probe_parts
+
         scripted.delay_seconds = 0.1
-        while counters.probe_parts < 2:
+        num_passed_over = 0
+        while num_passed_over < 20 or not plane.router.counters.probe_parts:
+            before = num_chosen()
             await _assert_exact(plane)
-        calls_before, probes_before = link.calls, counters.probe_parts
-        for seed in range(20):
-            await _assert_exact(plane, seed)
-        assert link.calls - calls_before == counters.probe_parts - probes_before
+            num_passed_over = 0 if num_chosen() > before else num_passed_over + 1
         scripted.delay_seconds = 0.0
-        while link.calls - calls_before < counters.probe_parts - probes_before + 10:
-            await _assert_exact(plane)  # till it is one of two again
+        before = num_chosen()
+        while num_chosen() < before + 10:
+            await _assert_exact(plane)
 
 
 @pytest.mark.slow
@@ -324,17 +343,50 @@ def _short(message: expert_pb2.ExpertRows) -> expert_pb2.ExpertOutputs:
     return expert_pb2.ExpertOutputs(call_id=message.call_id, pair_rows=b"123")
 
 
+def _damaged(message: expert_pb2.ExpertRows) -> expert_pb2.ExpertOutputs:
+    answer = _exact(message)
+    answer.pair_rows = b"\x01" + answer.pair_rows[1:]
+    return answer
+
+
+def _exact(message: expert_pb2.ExpertRows) -> expert_pb2.ExpertOutputs:
+    pair_rows = _scripted_replica().compute(wire.decode_expert_rows(message))
+    return wire.encode_expert_outputs(message.call_id, pair_rows)
+
+
+@functools.cache
+def _scripted_replica() -> ExpertReplica:
+    return ExpertReplica("scripted", seeded_bank(range(8)))
+
+
+def _call_came_damaged(message: expert_pb2.ExpertRows) -> expert_pb2.ExpertOutputs:
+    error = wire.encode_error(wire.DamagedCall("checksum of the call"))
+    return expert_pb2.ExpertOutputs(call_id=message.call_id, error=error)
+
+
 def _refusal(message: expert_pb2.ExpertRows) -> expert_pb2.ExpertOutputs:
     full = tensor_pb2.CallError(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message="full")
     return expert_pb2.ExpertOutputs(call_id=message.call_id, error=full)
 
 
+@pytest.mark.usefixtures("no_hedges", "equal_speeds")
 @pytest.mark.parametrize(
-    ("reply", "reason"), [(_short, "answered wrongly: pair_rows"), (_refusal, "full")]
+    ("reply", "reason", "num_wrong"),
+    [
+        (_short, "answered wrongly: pair_rows", 1),
+        (_damaged, "answered wrongly: checksum of pair_rows", 1),
+        (_call_came_damaged, "checksum of the call", 0),
+        (_refusal, "full", 0),
+    ],
 )
 async def test_a_wrong_answer_or_a_refusal_sends_the_rows_elsewhere(
-    tmp_path: Path, reply: type, reason: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reply: Callable[[expert_pb2.ExpertRows], expert_pb2.ExpertOutputs],
+    reason: str,
+    num_wrong: int,
 ) -> None:
+    monkeypatch.setattr(replica_link, "WRONG_ANSWER_PAUSE_SECONDS", 60.0)
     scripted = ScriptedExpert(reply)
     async with (
         dispatch_plane(tmp_path, num_groups=1, replica_wait_seconds=0.2) as plane,
@@ -345,6 +397,11 @@ async def test_a_wrong_answer_or_a_refusal_sends_the_rows_elsewhere(
         await plane.router.update(table_of(2, EVERY_EXPERT, [[bad, good]]))
         await _assert_exact(plane)
         assert (scripted.num_calls, plane.router.counters.resent_parts) == (1, 1)
+        assert _link(plane, bad).wrong_answers == num_wrong
+        if num_wrong:
+            for seed in range(4):
+                await _assert_exact(plane, seed)
+            assert scripted.num_calls == 1  # it is passed over for a while
         await plane.router.update(table_of(3, EVERY_EXPERT, [[bad]]))
         with pytest.raises(ExpertsUnavailable, match=f"{bad}.*{reason}"):
             await _assert_exact(plane)
@@ -370,6 +427,7 @@ async def test_a_call_id_used_twice_fails_alone(tmp_path: Path) -> None:
         await _assert_exact(plane)  # the links to the replicas are whole
 
 
+@pytest.mark.usefixtures("no_hedges", "equal_speeds")
 async def test_replicas_of_a_group_share_the_load(tmp_path: Path) -> None:
     async with dispatch_plane(tmp_path, num_groups=1, replicas_per_group=2) as plane:
         for seed in range(10):
