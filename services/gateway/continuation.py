@@ -189,30 +189,29 @@ class Continuation:
 
     async def _lost(self, watched: WatchedWorker, error: ServiceError) -> None:
         """Raises the error if the request ends with it."""
-        worker, row = watched.worker, watched.worker.row
-        was_queued = self._give_up_at_s is None
+        worker, was_queued = watched.worker, self._give_up_at_s is None
         if isinstance(error, Unavailable):
             watched.failed()
-            if was_queued:
-                log.warning(
-                    "request_lost request_id=%s completion_tokens=%d why=%s",
-                    self._request.request_id,
-                    len(self._token_ids),
-                    error,
-                )
-                self._num_losses += 1
-                if self._num_losses == MAX_LOSSES:
-                    raise WorkerUnavailable(
-                        f"{error}; {MAX_LOSSES} workers in a row were lost before they gave a token"
-                    ) from error
         elif self._kv_root is None:
             raise error  # nothing is lost by telling the client
-        elif isinstance(error, DuplicateRequest) and row in self._had_it:
+        elif isinstance(error, DuplicateRequest) and worker.row in self._had_it:
             # It has not noticed yet that its stream to us is gone.
             with suppress(Unavailable):
                 await worker.abort(self._request.request_id)
+        if was_queued:
+            log.warning(
+                "request_lost request_id=%s completion_tokens=%d why=%s",
+                self._request.request_id,
+                len(self._token_ids),
+                error,
+            )
+            self._num_losses += 1
+            if self._num_losses == MAX_LOSSES:
+                raise WorkerUnavailable(
+                    f"{error}; {MAX_LOSSES} workers in a row were lost before they gave a token"
+                ) from error
         self._why = error
-        self._ask_again_s[row] = asyncio.get_running_loop().time() + self._pause_s
+        self._ask_again_s[worker.row] = asyncio.get_running_loop().time() + self._pause_s
         self._pause_s = min(2 * self._pause_s, LAST_PAUSE_SECONDS)
 
     def _nobody(self) -> ServiceError:

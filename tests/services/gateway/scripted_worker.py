@@ -27,6 +27,8 @@ class ScriptedWorker(attention_pb2_grpc.AttentionServicer):
         self.acts = list(acts)
         self.requests: list[Request] = []
         self.aborted: list[str] = []
+        self.is_draining = False
+        self.num_stats = 0  # that it was asked for
 
     async def Generate(self, request: Request, context: Context) -> None:
         self.requests.append(request)
@@ -42,7 +44,8 @@ class ScriptedWorker(attention_pb2_grpc.AttentionServicer):
     async def Stats(
         self, request: attention_pb2.AttentionStatsRequest, context: Context
     ) -> attention_pb2.AttentionStatsResponse:
-        return attention_pb2.AttentionStatsResponse(worker=self.name)
+        self.num_stats += 1
+        return attention_pb2.AttentionStatsResponse(worker=self.name, draining=self.is_draining)
 
 
 @asynccontextmanager

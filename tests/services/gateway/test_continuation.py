@@ -125,25 +125,13 @@ async def test_a_stream_goes_on_at_another_worker_with_the_same_tokens(
     assert counters.ended == {Outcome.FINISHED: 1}
 
 
-async def test_killed_workers_cost_no_stream_and_no_token(tmp_path: Path, workers: Nursery) -> None:
-    await _kill_at_random(tmp_path, workers, num_tokens=60, num_kills=2)
-
-
 @pytest.mark.slow
-async def test_many_killed_workers_cost_no_stream_and_no_token(
-    tmp_path: Path, workers: Nursery
-) -> None:
-    await _kill_at_random(tmp_path, workers, num_tokens=300, num_kills=20)
-
-
-async def _kill_at_random(
-    folder: Path, workers: Nursery, *, num_tokens: int, num_kills: int
-) -> None:
+async def test_killed_workers_cost_no_stream_and_no_token(tmp_path: Path, workers: Nursery) -> None:
     """8 streams over 2 workers; whoever is killed is replaced, as the supervisor does."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     draw = random.Random(seed)
-    num_streams = 8
+    num_streams, num_tokens, num_kills = 8, 300, 20
     prompts = [
         tiny_model.prompt(draw.randint(1, 400 - num_tokens), seed=i) for i in range(num_streams)
     ]
@@ -154,7 +142,7 @@ async def _kill_at_random(
     living = [await workers.worker(f"attention-{i}") for i in range(2)]
     rows = [each.row for each in living]
 
-    async with gateway_over(folder, rows, max_active_requests=num_streams) as deployment:
+    async with gateway_over(tmp_path, rows, max_active_requests=num_streams) as deployment:
         gateway = deployment.gateway.gateway
 
         async def stream(i: int) -> list[Any]:
@@ -329,8 +317,11 @@ async def test_what_another_worker_cannot_help_ends_the_stream(
     assert other.requests == []
 
 
-async def test_a_request_that_ends_its_workers_does_not_end_all_of_them(tmp_path: Path) -> None:
-    scripts = [ScriptedWorker(f"attention-{i}", counts_up(0, UNAVAILABLE)) for i in range(6)]
+@pytest.mark.parametrize("status", [UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
+async def test_a_request_that_ends_its_workers_does_not_end_all_of_them(
+    tmp_path: Path, status: grpc.StatusCode
+) -> None:
+    scripts = [ScriptedWorker(f"attention-{i}", counts_up(0, status)) for i in range(6)]
     async with scripted(tmp_path, *scripts) as deployment:
         error = await failure(deployment.inference.Generate(asked()))
         assert error.code() is UNAVAILABLE
@@ -519,3 +510,17 @@ async def test_a_worker_that_comes_back_where_it_was_is_used_again(tmp_path: Pat
         await until(lambda: deployment.gateway.gateway.counters.waited == 1)
         async with serving(script, address=address):
             assert token_ids_of([each async for each in call]) == [8, 9, 10, 11, 12, 13]
+
+
+async def test_a_draining_worker_is_asked_again_only_when_it_is_another(tmp_path: Path) -> None:
+    draining = ScriptedWorker("attention-0", refuses(UNAVAILABLE), finishes())
+    draining.is_draining = True
+    async with (
+        serving(draining, ScriptedWorker("attention-0", finishes())) as (old, new),
+        gateway_over(tmp_path, [old]) as deployment,
+    ):
+        call = deployment.inference.GenerateStream(asked())
+        await until(lambda: draining.num_stats >= 2)
+        await deployment.gateway.gateway.workers.update([old, new])
+        assert token_ids_of([each async for each in call]) == [8, 9, 10, 11, 12, 13]
+    assert len(draining.requests) == 1

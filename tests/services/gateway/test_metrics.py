@@ -121,6 +121,10 @@ def test_requests_are_counted_as_the_gateway_counts_them() -> None:
     with counters.request() as counted:
         counted.accepted()
         counted.generated(7)
+        counted.waited()
+        counted.waited()
+        counted.continued()
+        counted.recomputed(13)
         counted.answered(Final(FinishReason.LENGTH, 11, 7))
     found = samples(report(counters=counters))
     assert found("model1_requests_received_total") == 1
@@ -132,6 +136,9 @@ def test_requests_are_counted_as_the_gateway_counts_them() -> None:
     assert len(list(found.labels("model1_requests_ended_total"))) == 4  # also those at 0
     assert found("model1_prompt_tokens_total", source="unknown") == 11
     assert found("model1_generated_tokens_total") == 7
+    assert found("model1_requests_waited_total") == 2
+    assert found("model1_requests_continued_total") == 1
+    assert found("model1_continued_computed_tokens_total") == 13
     assert found("model1_build_info", version="1.2.3") == 1
     assert found("model1_routing_epoch") == 3
 
