@@ -18,5 +18,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load_replica(
     directory: Path, *, name: str, expert_ids: Sequence[int], dtype: str, device: str
 ) -> ExpertReplica:
-    """Reads the tensors of these experts and no others. Raises a `ModelError`."""
-    return ExpertReplica(name, packed(load_experts(directory, expert_ids, _DTYPES[dtype], device)))
+    """Reads the tensors of these experts and no others, and has computed with each of them. Raises
+    a `ModelError`."""
+    bank = packed(load_experts(directory, expert_ids, _DTYPES[dtype], device))
+    replica = ExpertReplica(name, bank)
+    replica.warm_up()
+    return replica

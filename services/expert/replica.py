@@ -20,7 +20,10 @@ from model1.moe import ExpertBank
 from services import errors
 from services.wire import BFLOAT16_WORD, FLOAT32_WORD, ExpertRows, Words, first_outside
 
-_WORD_OF = {torch.bfloat16: BFLOAT16_WORD, torch.float32: FLOAT32_WORD}
+_WORD_OF: dict[torch.dtype, np.dtype[Any]] = {
+    torch.bfloat16: BFLOAT16_WORD,
+    torch.float32: FLOAT32_WORD,
+}
 
 
 @dataclass(slots=True)
@@ -66,6 +69,22 @@ class ExpertReplica:
         self.counters.rows += len(call.rows)
         self.counters.pairs += len(call.row_index)
         return answer
+
+    def warm_up(self) -> None:
+        """A row through every expert, so that the first caller does not wait for weights that
+        nobody touched before. Counts as nothing."""
+        num_experts = len(self.expert_ids)
+        for layer in range(self._bank.config.num_hidden_layers):
+            self.compute(
+                ExpertRows(
+                    layer=layer,
+                    rows=np.zeros((1, self._bank.config.hidden_size), dtype=self._word),
+                    row_index=np.zeros(num_experts, dtype=np.int32),
+                    expert_ids=np.array(self.expert_ids, dtype=np.int32),
+                    weights=np.ones(num_experts, dtype=np.float32),
+                )
+            )
+        self.counters = ReplicaCounters()
 
     def _check(self, call: ExpertRows) -> None:
         config = self._bank.config

@@ -3,9 +3,10 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from services.errors import ModelMismatch
-from services.expert.replica import ExpertReplica
+from services.expert.replica import ExpertReplica, ReplicaCounters
 from services.wire import ExpertRows
 from tests.services.expert_banks import HIDDEN_SIZE, seeded_bank
 
@@ -41,6 +42,27 @@ def test_a_replica_computes_what_the_bank_computes() -> None:
         )
     got = ExpertReplica("r", bank).compute(call)
     np.testing.assert_array_equal(got, expected.numpy(), strict=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_warming_up_computes_with_every_expert_of_every_layer_and_counts_as_nothing(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = seeded_bank([2, 3, 7], dtype)
+    computed = []
+    forward = bank.forward
+
+    def watched(
+        layer: int, rows: Tensor, row_index: Tensor, expert_ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        computed.append((layer, expert_ids.tolist()))
+        return forward(layer, rows, row_index, expert_ids, weights)
+
+    monkeypatch.setattr(bank, "forward", watched)
+    replica = ExpertReplica("r", bank)
+    replica.warm_up()
+    assert computed == [(layer, [2, 3, 7]) for layer in range(bank.config.num_hidden_layers)]
+    assert replica.counters == ReplicaCounters()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
