@@ -66,7 +66,9 @@ def add_format_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML; flags override it")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML; MODEL1_SECTION__KEY and flags win"
+    )
 
 
 def add_flag(

@@ -85,8 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="model1",
         description="Serve DeepSeek-V4-architecture models on Ray, over gRPC.",
-        epilog="Exit codes: 0 ok, 1 failed, 2 usage, 3 unreachable. Every key of the config file "
-        "is also an environment variable: gateway.port is MODEL1_GATEWAY__PORT.",
+        epilog="Exit codes: 0 ok, 1 failed, 2 usage, 3 unreachable.",
     )
     version = importlib.metadata.version("model1")
     parser.add_argument("--version", action="version", version=f"model1 {version}")
