@@ -1,25 +1,40 @@
 """Thin Ray wrappers: a process for each role, one for the supervisor, and the handles to them.
 
-Every Ray call of a running deployment is here or in ray_session.py. Decides nothing: what to run is
-topology.py's, when is supervisor.py's, what a role does is roles.py's. No token passes here.
+Every Ray call of a running deployment is here, in machines.py or in ray_session.py. Decides
+nothing: what to run is topology.py's, when is supervisor.py's, what a role does is roles.py's. No
+token passes here.
 """
 
+import asyncio
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import (
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    RayActorError,
+    RayTaskError,
+)
 
 from cluster.config import Settings
-from cluster.members import ActorDied, DeploymentError, Listening, Peers, Process, Snapshot
-from cluster.ray_session import Node
+from cluster.machines import RayMachines, on_node
+from cluster.members import (
+    ActorDied,
+    Change,
+    DeploymentError,
+    Listening,
+    Peers,
+    Process,
+    Snapshot,
+)
+from cluster.ray_session import Hosts
 from cluster.roles import Place, Serve, Serving, load_role
-from cluster.supervisor import Supervisor
+from cluster.supervisor import Patience, Supervisor
 from cluster.topology import ActorSpec, Topology
 from model1.errors import ModelError
 from services.errors import ServiceError
@@ -29,6 +44,9 @@ log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
+# Between two questions to a process that Ray cannot reach and does not know to be dead.
+CUT_OFF_RETRY_SECONDS = 0.5
+
 
 class SupervisorHandle:
     """The supervisor's process, as the command line and the gateways see it."""
@@ -37,14 +55,11 @@ class SupervisorHandle:
         self._handle = handle
 
     @classmethod
-    def create(
-        cls, topology: Topology, settings: Settings, nodes: Sequence[Node]
-    ) -> "SupervisorHandle":
-        """Start the process; `topology` was planned for `nodes`."""
+    def create(cls, topology: Topology, settings: Settings, hosts: Hosts) -> "SupervisorHandle":
+        """Start the process; `topology` was planned for these hosts."""
         remote: Any = ray.remote(num_cpus=0, max_restarts=0)(SupervisorProcess)
-        return cls(
-            remote.options(scheduling_strategy=_on_node(nodes[0])).remote(topology, settings, nodes)
-        )
+        on_first = remote.options(scheduling_strategy=on_node(hosts.nodes[0]))
+        return cls(on_first.remote(topology, settings, hosts))
 
     async def start(self) -> str:
         return await _answer("supervisor", self._handle.start.remote())
@@ -55,6 +70,15 @@ class SupervisorHandle:
     async def watch(self) -> str:
         return await _answer("supervisor", self._handle.watch.remote())
 
+    async def scale_experts(self, num_replicas: int, group: int | None) -> Change:
+        return await _answer("supervisor", self._handle.scale_experts.remote(num_replicas, group))
+
+    async def scale_attention(self, num_workers: int) -> Change:
+        return await _answer("supervisor", self._handle.scale_attention.remote(num_workers))
+
+    async def drain(self, name: str) -> Change:
+        return await _answer("supervisor", self._handle.drain.remote(name))
+
     async def stop(self) -> None:
         await _answer("supervisor", self._handle.stop.remote())
 
@@ -62,43 +86,67 @@ class SupervisorHandle:
 class SupervisorProcess:
     """Runs in a process of its own and creates all the others, so they end with it."""
 
-    def __init__(self, topology: Topology, settings: Settings, nodes: Sequence[Node]) -> None:
+    def __init__(self, topology: Topology, settings: Settings, hosts: Hosts) -> None:
         _log_to_stderr()
         own_handle = SupervisorHandle(ray.get_runtime_context().current_actor)
-        self._settings = settings.cluster
+        cluster = settings.cluster
+        machines = RayMachines(hosts, cluster.slot_timeout_seconds)
         self._supervisor = Supervisor(
             topology,
-            lambda spec: RemoteActor(spec, settings, nodes[spec.node], own_handle),
+            lambda spec: RemoteActor(spec, settings, machines, own_handle),
             _own_process(),
+            machines,
+            Patience(
+                start_seconds=cluster.start_timeout_seconds,
+                drain_seconds=cluster.drain_seconds,
+                restart_seconds=cluster.restart_timeout_seconds,
+            ),
         )
 
     async def start(self) -> str:
-        return await self._supervisor.start(self._settings.start_timeout_seconds)
+        return await self._supervisor.start()
 
     async def snapshot(self) -> Snapshot:
         return await self._supervisor.snapshot()
 
     async def watch(self) -> str:
-        return await self._supervisor.watch(self._settings.health_interval_seconds)
+        return await self._supervisor.watch()
+
+    async def scale_experts(self, num_replicas: int, group: int | None) -> Change:
+        return await self._supervisor.changes.scale_experts(num_replicas, group)
+
+    async def scale_attention(self, num_workers: int) -> Change:
+        return await self._supervisor.changes.scale_attention(num_workers)
+
+    async def drain(self, name: str) -> Change:
+        return await self._supervisor.changes.drain(name)
 
     async def stop(self) -> None:
-        await self._supervisor.stop(self._settings.drain_seconds)
+        await self._supervisor.stop()
 
 
 class RemoteActor:
     """A role's process as the supervisor sees it: the `Actor` protocol over a Ray handle."""
 
     def __init__(
-        self, spec: ActorSpec, settings: Settings, node: Node, supervisor: SupervisorHandle
+        self,
+        spec: ActorSpec,
+        settings: Settings,
+        machines: RayMachines,
+        supervisor: SupervisorHandle,
     ) -> None:
         self._name = spec.name
-        remote: Any = ray.remote(num_cpus=spec.num_cpus, max_restarts=0)(RoleProcess)
-        self._handle: Any = remote.options(scheduling_strategy=_on_node(node)).remote(
-            spec, settings, node.place, supervisor
+        remote: Any = ray.remote(max_restarts=0)(RoleProcess)
+        place = machines.node(spec.node).place
+        self._handle: Any = remote.options(**machines.options(spec)).remote(
+            spec, settings, place, supervisor
         )
 
-    async def load(self) -> Process:
-        return await _answer(self._name, self._handle.load.remote())
+    async def placed(self) -> Process:
+        return await _answer(self._name, self._handle.process.remote())
+
+    async def load(self) -> None:
+        await _answer(self._name, self._handle.load.remote())
 
     async def serve(self, peers: Peers) -> Listening:
         return await _answer(self._name, self._handle.serve.remote(peers))
@@ -108,6 +156,17 @@ class RemoteActor:
 
     async def num_requests(self) -> int:
         return await _answer(self._name, self._handle.num_requests.remote())
+
+    async def ended(self) -> str:
+        while True:
+            try:
+                await self._handle.ended.remote()  # never returns
+            except ActorUnavailableError:
+                await asyncio.sleep(CUT_OFF_RETRY_SECONDS)
+            except RayActorError as error:
+                return _why(error)
+            except ActorUnschedulableError as error:
+                return str(error)
 
     async def stop(self, grace_seconds: float) -> None:
         await _answer(self._name, self._handle.stop.remote(grace_seconds))
@@ -130,12 +189,14 @@ class RoleProcess:
         self._serve: Serve | None = None
         self._serving: Serving | None = None
 
-    async def load(self) -> Process:
+    async def process(self) -> Process:
+        return _own_process()
+
+    async def load(self) -> None:
         with _one_line_failures(self._spec.name):
             self._serve = load_role(
-                self._spec, self._settings, place=self._place, snapshot=self._supervisor.snapshot
+                self._spec, self._settings, place=self._place, supervisor=self._supervisor
             )
-        return _own_process()
 
     async def serve(self, peers: Peers) -> Listening:
         assert self._serve is not None, "load comes first"
@@ -151,13 +212,13 @@ class RoleProcess:
     async def num_requests(self) -> int:
         return self._serving.num_requests() if self._serving else 0
 
+    async def ended(self) -> None:
+        """Never returns: the call fails when the process ends, which is how others know of it."""
+        await asyncio.Event().wait()
+
     async def stop(self, grace_seconds: float) -> None:
         if self._serving:
             await self._serving.stop(grace_seconds)
-
-
-def _on_node(node: Node) -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(node.node_id, soft=False)
 
 
 def _own_process() -> Process:
@@ -170,6 +231,8 @@ async def _answer(name: str, reply: Awaitable[Answer]) -> Answer:
         return await reply
     except RayActorError as error:
         raise ActorDied(f"{name} died: {_why(error)}") from None
+    except ActorUnschedulableError as error:
+        raise ActorDied(f"{name} found no place: {error}") from None
     except RayTaskError as error:
         if isinstance(error.cause, DeploymentError):
             raise error.cause from None

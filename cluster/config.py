@@ -195,7 +195,12 @@ class ClusterSettings(_Section):
     temp_dir: AbsolutePath | None = Field(None, description="of our own Ray; kept when it is given")
     start_timeout_seconds: float = Field(180.0, gt=0)
     drain_seconds: float = Field(30.0, ge=0)
-    health_interval_seconds: float = Field(2.0, gt=0)
+    restart_timeout_seconds: float = Field(
+        120.0, gt=0, description="without a role that serving needs; then the deployment ends"
+    )
+    slot_timeout_seconds: float = Field(
+        300.0, gt=0, description="for a node with a free slot, when scaling up"
+    )
 
 
 class Settings(_Section):

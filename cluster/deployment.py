@@ -3,14 +3,14 @@
 What `serve`, `demo` and the benchmarks share. Prints nothing and handles no signal.
 """
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.config import Settings
 from cluster.preflight import check_addresses, checked_model
-from cluster.ray_session import Node, ray_session
+from cluster.ray_session import Hosts, ray_session
 from cluster.topology import plan_topology
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Site:
 
     settings: Settings
     num_experts: int
-    nodes: Sequence[Node]
+    hosts: Hosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ def prepared(settings: Settings) -> Iterator[Site]:
     )
     check_addresses(settings.gateway)
     supervisor_too = len(topology.actors) + 1
-    with ray_session(settings.cluster, num_actors=supervisor_too) as nodes:
-        yield Site(settings, num_experts, nodes)
+    with ray_session(settings.cluster, num_actors=supervisor_too) as hosts:
+        yield Site(settings, num_experts, hosts)
 
 
 @asynccontextmanager
@@ -55,10 +55,10 @@ async def deployed(site: Site) -> AsyncIterator[Deployment]:
     topology = plan_topology(
         site.settings.topology,
         num_experts=site.num_experts,
-        num_nodes=len(site.nodes),
+        rooms=site.hosts.rooms,
         with_kv_stores=site.settings.kv.enabled,
     )
-    supervisor = SupervisorHandle.create(topology, site.settings, site.nodes)
+    supervisor = SupervisorHandle.create(topology, site.settings, site.hosts)
     try:
         yield Deployment(await supervisor.start(), supervisor)
     finally:

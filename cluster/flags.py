@@ -113,6 +113,10 @@ def positive(text: str) -> int:
     return _number(text, int, "a whole number from 1 up", lambda value: 1 <= value < 2**32)
 
 
+def natural(text: str) -> int:
+    return _number(text, int, "a whole number from 0 up", lambda value: 0 <= value < 2**32)
+
+
 def seed(text: str) -> int:
     return _number(text, int, "a whole number below 2**64", lambda value: 0 <= value < 2**64)
 

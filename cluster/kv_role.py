@@ -65,6 +65,7 @@ def load_kv_store(name: str, settings: KvSettings, place: Place) -> Serve:
         async def update(peers: Peers) -> None:
             await server.set_peers(address for _, address in peers.store_addresses)
 
+        await update(peers)
         listening = Listening(server.address, redis=redis)
         return Serving(listening, lambda: server.num_requests, stop, update)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from cluster.topology import ActorSpec
+from cluster.topology import ActorSpec, Role, Room
 
 
 class DeploymentError(Exception):
@@ -16,6 +16,22 @@ class DeploymentError(Exception):
 
 class ActorDied(DeploymentError):
     """The process of an actor is gone."""
+
+
+class ChangeInvalid(DeploymentError):
+    """A change of the deployment that names something that cannot be."""
+
+
+class UnknownActor(DeploymentError):
+    """The deployment has no actor of this name."""
+
+
+class ChangeRefused(DeploymentError):
+    """The deployment could not serve any more after this change, or is in no state for it."""
+
+
+class ChangeFailed(DeploymentError):
+    """The change could not be made; the deployment is as it was."""
 
 
 class MemberState(StrEnum):
@@ -62,6 +78,8 @@ class Peers:
     worker_addresses: tuple[WorkerPlace, ...] = ()  # of a gateway
     store_addresses: tuple[tuple[str, str], ...] = ()  # (name, address); of a gateway or a KV store
     redis: Redis | None = None  # of a KV store; none: as its settings say
+    # Where its last process listened, of a role that is to be found there again; empty: anywhere.
+    last_address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +95,25 @@ class Actor(Protocol):
     """One process of the deployment, as the supervisor sees it. Every call raises `ActorDied` when
     the process is gone, and `DeploymentError` with the cause when the role refuses."""
 
-    async def load(self) -> Process:
+    async def placed(self) -> Process:
+        """Wait until there is a process, which takes a node with room for it."""
+        ...
+
+    async def load(self) -> None:
         """Import and read what the role needs; the slow part, which needs no peer."""
         ...
 
     async def serve(self, peers: Peers) -> Listening: ...
 
     async def update(self, peers: Peers) -> None:
-        """Call these from now on. Of a KV store, whose peers come up after it."""
+        """Call these from now on. Returns once they are in use."""
         ...
 
     async def num_requests(self) -> int: ...
+
+    async def ended(self) -> str:
+        """Wait for the end of the process, however it comes; returns what is known of it."""
+        ...
 
     async def stop(self, grace_seconds: float) -> None:
         """Admit nothing more, finish what is under way within the grace time, stop listening."""
@@ -96,6 +122,28 @@ class Actor(Protocol):
     def kill(self) -> None:
         """End the process now; harmless when it is gone already."""
         ...
+
+
+class Machines(Protocol):
+    """The nodes of the deployment."""
+
+    async def rooms(self) -> tuple[Room, ...]:
+        """As they are now. A node keeps its number; new ones come last."""
+        ...
+
+    async def wait_for_slots(self, role: Role, num_slots: int) -> None:
+        """Until there are so many free ones, which a cluster that grows may take minutes for.
+        Raises `ChangeFailed` when they take too long."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What came of a change; the routing epoch once it was live."""
+
+    epoch: int
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +156,7 @@ class Member:
     process: Process = Process(0, "")
     num_requests: int = 0
     kv_tokens: int = 0
+    restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,16 @@ from cluster.config import ClusterSettings
 from cluster.roles import Place
 from cluster.runtime_dir import LENGTH as RUNTIME_DIR_LENGTH
 from cluster.runtime_dir import runtime_dir
+from cluster.topology import SLOTS, Role, Room
 
 # Ray puts Unix sockets about 70 characters below its folder, and the kernel's limit is 107.
 MAX_TEMP_DIR_LENGTH = 36
 # Nothing of ours travels through the object store, so the least that Ray accepts.
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
+
+# Of our own Ray: more than anybody starts on one machine. Its cores do not bound us either, since
+# replicas that wait for each other share them well.
+OWN_SLOTS = {role: 10_000 for role in SLOTS}
 
 # What a process that computes starts with.
 COMPUTE_ENVIRONMENT = {
@@ -44,26 +49,38 @@ class RayUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine of the Ray cluster."""
+    """A machine of the Ray cluster, and how many slots of each kind Ray was told it has."""
 
     node_id: str
     place: Place
+    num_slots: Mapping[Role, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Hosts:
+    """The living nodes, this process's own first, and what actors that compute ask Ray for."""
+
+    nodes: tuple[Node, ...]
+    are_ours_alone: bool  # and never more
+    have_slots: bool
+
+    @property
+    def rooms(self) -> tuple[Room, ...]:
+        return tuple(Room(slots=node.num_slots if self.have_slots else None) for node in self.nodes)
 
 
 @contextmanager
-def ray_session(settings: ClusterSettings, *, num_actors: int) -> Iterator[tuple[Node, ...]]:
-    """Connected to Ray inside, with the living nodes, this process's own first.
-
-    A Ray of our own is gone with all of its processes afterwards.
-    """
+def ray_session(settings: ClusterSettings, *, num_actors: int) -> Iterator[Hosts]:
+    """Connected to Ray inside. A Ray of our own is gone with all of its processes afterwards."""
     if settings.ray_address is None:
         with _temp_dir(settings.temp_dir) as folder, _own_ray(folder, num_actors):
             # Our servers stay inside. NOTE: Ray's own do not, they listen on every interface; the
             # token of `_prepare_environment` is what keeps others out of them.
-            yield (Node(_own_node_id(), Place("127.0.0.1", folder)),)
+            node = Node(_own_node_id(), Place("127.0.0.1", folder), OWN_SLOTS)
+            yield Hosts((node,), are_ours_alone=True, have_slots=True)
     else:
         with _existing_ray(settings.ray_address):
-            yield _living_nodes()
+            yield _hosts_of(settings.ray_address)
 
 
 @contextmanager
@@ -80,6 +97,7 @@ def _own_ray(folder: Path, num_actors: int) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.CRITICAL,
             object_store_memory=OBJECT_STORE_BYTES,
+            resources={SLOTS[role]: num_slots for role, num_slots in OWN_SLOTS.items()},
             _temp_dir=str(folder),
         )
     except BaseException as error:
@@ -120,17 +138,36 @@ def _own_node_id() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def _living_nodes() -> tuple[Node, ...]:
+def _hosts_of(address: str) -> Hosts:
+    """A cluster that has no slots is shared by its cores; one that has some must have both kinds.
+    Raises `RayUnavailable`."""
+    own = _own_node_id()
+    nodes = tuple(sorted(living_nodes(), key=lambda node: (node.node_id != own, node.node_id)))
+    totals = {role: sum(node.num_slots[role] for node in nodes) for role in SLOTS}
+    if not any(totals.values()):
+        return Hosts(nodes, are_ours_alone=False, have_slots=False)
+    if lacking := [SLOTS[role] for role, total in totals.items() if not total]:
+        there = next(SLOTS[role] for role, total in totals.items() if total)
+        raise RayUnavailable(
+            f"the Ray cluster at {address} has nodes with {there} and none with {lacking[0]}: "
+            f"start one with --resources='{{\"{lacking[0]}\": N}}', or none with either"
+        )
+    return Hosts(nodes, are_ours_alone=False, have_slots=True)
+
+
+def living_nodes() -> tuple[Node, ...]:
     import ray
 
     known: list[dict[str, Any]] = ray.nodes()
-    living = [
-        Node(node["NodeID"], Place(node["NodeManagerAddress"], Path("/tmp")))
+    return tuple(
+        Node(
+            node["NodeID"],
+            Place(node["NodeManagerAddress"], Path("/tmp")),
+            {role: int(node["Resources"].get(name, 0)) for role, name in SLOTS.items()},
+        )
         for node in known
         if node["Alive"]
-    ]
-    own = _own_node_id()
-    return tuple(sorted(living, key=lambda node: (node.node_id != own, node.node_id)))
+    )
 
 
 def _prepare_environment() -> None:

@@ -4,30 +4,42 @@ Plain asyncio, so a test can run a role without Ray. Services are imported where
 torch costs seconds, and only two of the roles need it.
 """
 
-import importlib.metadata
+import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from cluster.config import (
     AttentionSettings,
-    GatewaySettings,
     KvSettings,
     ModelSettings,
     Settings,
 )
-from cluster.members import DeploymentError, Listening, Peers, Snapshot
+from cluster.members import Change, DeploymentError, Listening, Peers, Snapshot
 from cluster.preflight import model_directory
 from cluster.topology import ActorSpec, Role
 
 if TYPE_CHECKING:
     from services.attention.engine import EngineConfig
-    from services.gateway.topology import Topology
 
-SnapshotSource: TypeAlias = Callable[[], Awaitable[Snapshot]]
+# A replica is published once it serves; one that died since is tried again behind the table's back.
+UPDATE_CONNECT_TIMEOUT_SECONDS = 2.0
+
+
+class SupervisorLink(Protocol):
+    """The supervisor, as a role may ask it."""
+
+    async def snapshot(self) -> Snapshot: ...
+
+    async def scale_experts(self, num_replicas: int, group: int | None) -> Change: ...
+
+    async def scale_attention(self, num_workers: int) -> Change: ...
+
+    async def drain(self, name: str) -> Change: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +70,14 @@ Serve: TypeAlias = Callable[[Peers], Awaitable[Serving]]
 
 
 def load_role(
-    spec: ActorSpec, settings: Settings, *, place: Place, snapshot: SnapshotSource
+    spec: ActorSpec, settings: Settings, *, place: Place, supervisor: SupervisorLink
 ) -> Serve:
     """Import and read what the role needs. Blocks; raises whatever keeps the role from running."""
     match spec.role:
         case Role.GATEWAY:
-            return load_gateway(settings.model, settings.gateway, snapshot)
+            from cluster.gateway_role import load_gateway
+
+            return load_gateway(settings.model, settings.gateway, supervisor)
         case Role.ATTENTION:
             return load_attention(spec.name, settings, place)
         case Role.ROUTER:
@@ -75,45 +89,6 @@ def load_role(
             from cluster.kv_role import load_kv_store
 
             return load_kv_store(spec.name, settings.kv, place)
-
-
-def load_gateway(
-    model: ModelSettings, settings: GatewaySettings, snapshot: SnapshotSource
-) -> Serve:
-    from services.gateway.counters import Outcome
-    from services.gateway.server import GatewayConfig, GatewayServer
-    from services.gateway.store import StoreAddress
-    from services.gateway.watched_worker import SilenceLimits
-    from services.gateway.worker import WorkerAddress
-
-    async def topology() -> "Topology":
-        return _reported(await snapshot())
-
-    async def serve(peers: Peers) -> Serving:
-        config = GatewayConfig(
-            model_dir=model_directory(model),
-            version=importlib.metadata.version("model1"),
-            address=settings.endpoint,
-            # Whichever worker takes a request has room for it.
-            max_context_length=min((w.kv_tokens for w in peers.worker_addresses), default=None),
-            default_max_tokens=settings.default_max_tokens,
-            max_active_requests=settings.max_active_requests,
-            continue_patience_seconds=settings.continue_patience_seconds,
-            silence=SilenceLimits(silent_seconds=settings.silent_worker_seconds),
-            metrics_host=settings.metrics_host,
-            metrics_port=settings.metrics_port,
-        )
-        server = await GatewayServer.open(config, topology)
-        workers = [WorkerAddress(w.name, w.address, w.store) for w in peers.worker_addresses]
-        stores = [StoreAddress(name, address) for name, address in peers.store_addresses]
-        await server.gateway.workers.update(workers)
-        await server.gateway.sessions.stores.update(stores)
-        counters = server.gateway.counters
-        return Serving(
-            Listening(server.address), lambda: counters.ended[Outcome.FINISHED], server.stop
-        )
-
-    return serve
 
 
 def load_attention(name: str, settings: Settings, place: Place) -> Serve:
@@ -203,21 +178,43 @@ def load_router(name: str, place: Place) -> Serve:
 
     async def serve(peers: Peers) -> Serving:
         router = Router(name)
-        missing = await router.update(RoutingTable.of(peers.epoch, peers.replicas_of_expert))
-        if missing:
+        table = RoutingTable.of(peers.epoch, peers.replicas_of_expert)
+        if peers.last_address:
+            # Some may have died as well, and whoever waits for this router need not wait for them.
+            await router.update(table, UPDATE_CONNECT_TIMEOUT_SECONDS)
+        elif missing := await router.update(table):
             await router.close()
             raise DeploymentError(f"{name}: no expert replica answers at {', '.join(missing)}")
-        # Nobody else may use the experts: mkdtemp makes the folder 0700.
-        socket_dir = tempfile.mkdtemp(prefix="router-", dir=place.runtime_dir)
-        server = await rpc.start_server([router_service(router)], f"unix:{socket_dir}/grpc.sock")
+        socket = _router_socket(peers.last_address, place.runtime_dir)
+        server = await rpc.start_server([router_service(router)], f"unix:{socket}")
 
         async def stop(grace_seconds: float) -> None:
             await server.stop(grace_seconds)
-            shutil.rmtree(socket_dir, ignore_errors=True)
+            shutil.rmtree(socket.parent, ignore_errors=True)
 
-        return Serving(Listening(server.address), lambda: router.counters.calls, stop)
+        async def update(peers: Peers) -> None:
+            if peers.epoch > router.table.epoch:  # or a later one overtook it
+                await router.update(
+                    RoutingTable.of(peers.epoch, peers.replicas_of_expert),
+                    UPDATE_CONNECT_TIMEOUT_SECONDS,
+                )
+
+        return Serving(Listening(server.address), lambda: router.counters.calls, stop, update)
 
     return serve
+
+
+def _router_socket(last_address: str, runtime_dir: Path) -> Path:
+    """In a folder that nobody else may enter, since nobody else may use the experts. A router that
+    comes back listens where its workers look for it."""
+    if not last_address:
+        return Path(tempfile.mkdtemp(prefix="router-", dir=runtime_dir)) / "grpc.sock"
+    socket = Path(last_address.removeprefix("unix:"))
+    socket.parent.mkdir(mode=0o700, exist_ok=True)
+    found = socket.parent.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise DeploymentError(f"{socket.parent} is not a folder of this user alone")
+    return socket
 
 
 def load_expert(name: str, expert_ids: range, model: ModelSettings, place: Place) -> Serve:
@@ -238,31 +235,3 @@ def load_expert(name: str, expert_ids: range, model: ModelSettings, place: Place
         return Serving(Listening(server.address), lambda: replica.counters.calls, server.stop)
 
     return serve
-
-
-def _reported(snapshot: Snapshot) -> "Topology":
-    from services.gateway.topology import Member, Topology
-
-    members = [
-        Member(
-            name=member.spec.name,
-            role=member.spec.role,
-            address=member.address,
-            pid=member.process.pid,
-            node_id=member.process.node_id,
-            state=member.state,
-            requests=member.num_requests,
-            expert_group=member.spec.group if member.spec.role is Role.EXPERT else None,
-        )
-        for member in snapshot.members
-    ]
-    supervisor = Member(
-        name="supervisor",
-        role="supervisor",
-        address="",
-        pid=snapshot.supervisor.pid,
-        node_id=snapshot.supervisor.node_id,
-        state="ready",
-        requests=0,
-    )
-    return Topology(snapshot.epoch, (*members, supervisor))

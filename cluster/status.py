@@ -9,7 +9,7 @@ from cluster.output import text_table
 from cluster.plain import as_plain
 from protos import control_pb2
 
-MEMBER_HEADER = ("role", "name", "pid", "address", "state", "requests")
+MEMBER_HEADER = ("role", "name", "pid", "address", "state", "requests", "restarts")
 
 
 async def status(endpoint: str, *, as_json: bool) -> None:
@@ -46,7 +46,7 @@ async def status(endpoint: str, *, as_json: bool) -> None:
 
 def member_table(members: Iterable[control_pb2.Member]) -> str:
     rows = [
-        (m.role, m.name, m.pid, m.address or "-", m.state, m.requests)
+        (m.role, m.name, m.pid, m.address or "-", m.state, m.requests, m.restarts)
         for m in sorted(members, key=lambda member: (member.role, member.name))
     ]
     return text_table(MEMBER_HEADER, rows)

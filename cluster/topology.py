@@ -1,11 +1,14 @@
 """Which actors a deployment consists of, and where each goes.
 
-A pure function from what is wanted, how many experts the model has and which nodes there are to a
-list of actors. Knows nothing of Ray, processes, addresses or what a role does.
+Pure functions from what is wanted, how many experts the model has and what the nodes have room for
+to a list of actors, and from one such list to a longer or a shorter one. Knows nothing of Ray,
+processes, addresses or what a role does.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import count
 
 from cluster.config import TopologySettings
 
@@ -22,6 +25,22 @@ class Role(StrEnum):
     KVSTORE = "kvstore"
 
 
+# The custom resources of Ray by which a node says for how many of a role it has room, and by which
+# an autoscaler knows which nodes are wanted.
+SLOTS = {Role.ATTENTION: "attention_slot", Role.EXPERT: "expert_slot"}
+
+
+class NoFreeSlot(TopologyError):
+    """No living node has room for another actor of the role."""
+
+    def __init__(self, role: Role, num_wanted: int) -> None:
+        super().__init__(
+            f"no node has a free {SLOTS[role]}, and {num_wanted} more of role {role} are wanted"
+        )
+        self.role = role
+        self.num_wanted = num_wanted
+
+
 @dataclass(frozen=True, slots=True)
 class ActorSpec:
     """One actor to run. `node` counts into the nodes the topology was planned for."""
@@ -35,19 +54,47 @@ class ActorSpec:
     first_expert: int = 0
     end_expert: int = 0
 
-    @property
-    def num_cpus(self) -> int:
-        """Cores to reserve: a worker computes on one thread, the others only pass messages on."""
-        return 1 if self.role in (Role.ATTENTION, Role.EXPERT) else 0
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a node has room for in all. `slots` of None: as many as are wanted."""
+
+    is_alive: bool = True
+    slots: Mapping[Role, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    num_groups: int
+    experts_of_group: tuple[range, ...]
     actors: tuple[ActorSpec, ...]
+    with_kv_stores: bool = field(default=True, kw_only=True)
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.experts_of_group)
+
+    @property
+    def num_experts(self) -> int:
+        return self.experts_of_group[-1].stop
 
     def of_role(self, role: Role) -> tuple[ActorSpec, ...]:
         return tuple(actor for actor in self.actors if actor.role is role)
+
+    def replicas_of(self, group: int) -> tuple[ActorSpec, ...]:
+        return tuple(actor for actor in self.of_role(Role.EXPERT) if actor.group == group)
+
+    def named(self, name: str) -> ActorSpec | None:
+        return next((actor for actor in self.actors if actor.name == name), None)
+
+    def with_actors(self, more: Iterable[ActorSpec]) -> "Topology":
+        return replace(self, actors=(*self.actors, *more))
+
+    def with_changed(self, spec: ActorSpec) -> "Topology":
+        actors = tuple(spec if actor.name == spec.name else actor for actor in self.actors)
+        return replace(self, actors=actors)
+
+    def without(self, names: Collection[str]) -> "Topology":
+        return replace(self, actors=tuple(a for a in self.actors if a.name not in names))
 
     def router_of(self, worker: ActorSpec) -> ActorSpec:
         """The router on the worker's own node: they meet at a Unix socket."""
@@ -58,7 +105,7 @@ class Topology:
         stores = (store for store in self.of_role(Role.KVSTORE) if store.node == worker.node)
         return next(stores, None)
 
-    def missing(self, alive: frozenset[str]) -> str | None:
+    def missing(self, alive: Collection[str]) -> str | None:
         """What keeps the living actors from serving, or None when every role is covered. KV stores
         are a cache: without one everything is computed."""
         if not any(actor.name in alive for actor in self.of_role(Role.GATEWAY)):
@@ -91,32 +138,122 @@ def plan_topology(
     wanted: TopologySettings,
     *,
     num_experts: int,
-    num_nodes: int = 1,
+    rooms: Sequence[Room] = (Room(),),
     with_kv_stores: bool = True,
 ) -> Topology:
-    """Attention workers over the nodes in turn, a router and a KV store where one is, expert
-    replicas over the nodes in turn from the first node without an attention worker on."""
-    workers = [
-        ActorSpec(f"attention-{index}", Role.ATTENTION, index % num_nodes)
-        for index in range(wanted.attention_workers)
+    """One gateway, and the rest as `with_workers` and `with_replicas` place them."""
+    topology = Topology(
+        split_experts(num_experts, wanted.expert_groups),
+        (ActorSpec("gateway-0", Role.GATEWAY, 0),),
+        with_kv_stores=with_kv_stores,
+    )
+    topology = with_workers(topology, wanted.attention_workers, rooms)
+    groups = range(wanted.expert_groups)
+    return with_replicas(topology, wanted.expert_replicas, groups, rooms)
+
+
+def with_workers(topology: Topology, num_workers: int, rooms: Sequence[Room]) -> Topology:
+    """Attention workers added until there are so many, where the fewest are; a router and a KV
+    store on every node that has a worker. Raises `NoFreeSlot`."""
+    num_wanted = num_workers - len(topology.of_role(Role.ATTENTION))
+    for _ in range(num_wanted):
+        topology = topology.with_actors((_another_worker(topology, rooms, num_wanted),))
+    nodes = {worker.node for worker in topology.of_role(Role.ATTENTION)}
+    new = sorted(nodes - {router.node for router in topology.of_role(Role.ROUTER)})
+    topology = topology.with_actors(ActorSpec(f"router-{n}", Role.ROUTER, n) for n in new)
+    if topology.with_kv_stores:
+        topology = topology.with_actors(ActorSpec(f"kvstore-{n}", Role.KVSTORE, n) for n in new)
+    return topology
+
+
+def with_replicas(
+    topology: Topology, num_replicas: int, groups: Iterable[int], rooms: Sequence[Room]
+) -> Topology:
+    """Expert replicas added until each of the groups has so many. Raises `NoFreeSlot`.
+
+    Replicas of one group share a node only if nodes are too few; otherwise each goes where the
+    fewest actors compute.
+    """
+    groups = tuple(groups)
+    num_wanted = sum(max(0, num_replicas - len(topology.replicas_of(g))) for g in groups)
+    for num_there in range(num_replicas):
+        for group in groups:
+            if len(topology.replicas_of(group)) <= num_there:
+                topology = topology.with_actors(
+                    (_another_replica(topology, group, rooms, num_wanted),)
+                )
+    return topology
+
+
+def elsewhere(topology: Topology, replica: ActorSpec, rooms: Sequence[Room]) -> ActorSpec:
+    """The same replica where there is room for it now. Raises `NoFreeSlot`."""
+    others = topology.without((replica.name,))
+    return replace(replica, node=_node_of_replica(others, replica.group, rooms, num_wanted=1))
+
+
+def surplus(
+    actors: Sequence[ActorSpec], num_wanted: int, alive: Collection[str]
+) -> tuple[ActorSpec, ...]:
+    """Which of these are to go for so many to be left: the dead first, then the last to come."""
+    # A topology lists actors in the order in which they came; sorting keeps that of equals.
+    ranked = sorted(reversed(actors), key=lambda actor: actor.name in alive)
+    return tuple(ranked[: max(0, len(actors) - num_wanted)])
+
+
+def _another_worker(topology: Topology, rooms: Sequence[Room], num_wanted: int) -> ActorSpec:
+    workers = topology.of_role(Role.ATTENTION)
+
+    def crowd(node: int) -> tuple[int, ...]:
+        return (sum(worker.node == node for worker in workers),)
+
+    taken = {worker.name for worker in workers}
+    name = next(name for n in count() if (name := f"attention-{n}") not in taken)
+    node = _least_crowded(crowd, Role.ATTENTION, topology.actors, rooms, num_wanted)
+    return ActorSpec(name, Role.ATTENTION, node)
+
+
+def _another_replica(
+    topology: Topology, group: int, rooms: Sequence[Room], num_wanted: int
+) -> ActorSpec:
+    taken = {actor.replica for actor in topology.replicas_of(group)}
+    number = next(number for number in count() if number not in taken)
+    owned = topology.experts_of_group[group]
+    return ActorSpec(
+        f"expert-{group}-{number}",
+        Role.EXPERT,
+        _node_of_replica(topology, group, rooms, num_wanted),
+        group,
+        number,
+        owned.start,
+        owned.stop,
+    )
+
+
+def _node_of_replica(topology: Topology, group: int, rooms: Sequence[Room], num_wanted: int) -> int:
+    def crowd(node: int) -> tuple[int, ...]:
+        same = sum(actor.node == node for actor in topology.replicas_of(group))
+        return same, sum(actor.node == node for actor in topology.actors if actor.role in SLOTS)
+
+    return _least_crowded(crowd, Role.EXPERT, topology.actors, rooms, num_wanted)
+
+
+def _least_crowded(
+    crowd: Callable[[int], tuple[int, ...]],
+    role: Role,
+    actors: Sequence[ActorSpec],
+    rooms: Sequence[Room],
+    num_wanted: int,
+) -> int:
+    """The living node with a free slot where `crowd` is least; the first of equals."""
+    free = [
+        node
+        for node, room in enumerate(rooms)
+        if room.is_alive
+        and (
+            room.slots is None
+            or sum(a.role is role and a.node == node for a in actors) < room.slots.get(role, 0)
+        )
     ]
-    routers = [
-        ActorSpec(f"router-{node}", Role.ROUTER, node)
-        for node in sorted({worker.node for worker in workers})
-    ]
-    stores = [
-        ActorSpec(f"kvstore-{router.node}", Role.KVSTORE, router.node)
-        for router in routers
-        if with_kv_stores
-    ]
-    experts: list[ActorSpec] = []
-    # Replicas of one group come num_groups apart, so they share a node only if nodes are too few.
-    for replica in range(wanted.expert_replicas):
-        for group, owned in enumerate(split_experts(num_experts, wanted.expert_groups)):
-            node = (len(workers) + len(experts)) % num_nodes
-            name = f"expert-{group}-{replica}"
-            experts.append(
-                ActorSpec(name, Role.EXPERT, node, group, replica, owned.start, owned.stop)
-            )
-    gateway = ActorSpec("gateway-0", Role.GATEWAY, 0)
-    return Topology(wanted.expert_groups, (gateway, *workers, *routers, *stores, *experts))
+    if not free:
+        raise NoFreeSlot(role, num_wanted)
+    return min(free, key=crowd)

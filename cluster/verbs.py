@@ -19,6 +19,7 @@ from cluster.flags import (
     add_salt_flag,
     add_sampling_flags,
     endpoint_of,
+    natural,
     positive,
     settings_of,
     text,
@@ -113,6 +114,40 @@ def _status(parsed: Arguments) -> None:
     asyncio.run(status(endpoint_of(parsed), as_json=wants_json(parsed)))
 
 
+def _scale_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_subparsers(dest="what", required=True, metavar="experts|attention")
+    words = "how many replicas every expert group has, or one"
+    experts = what.add_parser("experts", help=words, description=words)
+    experts.add_argument("--group", type=natural, metavar="G", help="this one alone; from 0")
+    words = "how many attention workers there are"
+    attention = what.add_parser("attention", help=words, description=words)
+    for each in (experts, attention):
+        each.add_argument("--replicas", type=positive, required=True, metavar="N")
+        add_client_flags(each)
+
+
+def _scale(parsed: Arguments) -> None:
+    from cluster.scale import ScaleCommand
+
+    command = ScaleCommand(endpoint=endpoint_of(parsed), as_json=wants_json(parsed))
+    if parsed.what == "experts":
+        asyncio.run(command.experts(parsed.replicas, parsed.group))
+    else:
+        asyncio.run(command.attention(parsed.replicas))
+
+
+def _drain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("actor", type=text, metavar="ACTOR", help="its name, such as expert-0-1")
+    add_client_flags(parser)
+
+
+def _drain(parsed: Arguments) -> None:
+    from cluster.scale import ScaleCommand
+
+    command = ScaleCommand(endpoint=endpoint_of(parsed), as_json=wants_json(parsed))
+    asyncio.run(command.drain(parsed.actor))
+
+
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="nano", metavar="NAME")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -179,6 +214,8 @@ VERBS = {
     "serve": Verb("run a deployment until SIGTERM", _serve_arguments, _serve),
     "generate": Verb("answer one prompt", _generate_arguments, _generate),
     "status": Verb("show what a deployment consists of", add_client_flags, _status),
+    "scale": Verb("change how many actors compute", _scale_arguments, _scale),
+    "drain": Verb("take one actor out for good", _drain_arguments, _drain),
     "bench": Verb("measure on random weights of the mini model", _bench_arguments, _bench),
     "train": Verb("train a small model from scratch", _train_arguments, _train),
 }

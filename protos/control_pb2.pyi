@@ -57,7 +57,7 @@ class GetTopologyRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("name", "role", "address", "pid", "node_id", "state", "requests", "expert_group")
+    __slots__ = ("name", "role", "address", "pid", "node_id", "state", "requests", "expert_group", "restarts")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +66,7 @@ class Member(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_GROUP_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     address: str
@@ -74,7 +75,8 @@ class Member(_message.Message):
     state: str
     requests: int
     expert_group: int
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., state: _Optional[str] = ..., requests: _Optional[int] = ..., expert_group: _Optional[int] = ...) -> None: ...
+    restarts: int
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., state: _Optional[str] = ..., requests: _Optional[int] = ..., expert_group: _Optional[int] = ..., restarts: _Optional[int] = ...) -> None: ...
 
 class GetTopologyResponse(_message.Message):
     __slots__ = ("epoch", "members")
@@ -83,6 +85,52 @@ class GetTopologyResponse(_message.Message):
     epoch: int
     members: _containers.RepeatedCompositeFieldContainer[Member]
     def __init__(self, epoch: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ...) -> None: ...
+
+class ScaleRequest(_message.Message):
+    __slots__ = ("experts", "attention")
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    experts: ScaleExperts
+    attention: ScaleAttention
+    def __init__(self, experts: _Optional[_Union[ScaleExperts, _Mapping]] = ..., attention: _Optional[_Union[ScaleAttention, _Mapping]] = ...) -> None: ...
+
+class ScaleExperts(_message.Message):
+    __slots__ = ("replicas", "group")
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    replicas: int
+    group: int
+    def __init__(self, replicas: _Optional[int] = ..., group: _Optional[int] = ...) -> None: ...
+
+class ScaleAttention(_message.Message):
+    __slots__ = ("replicas",)
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    replicas: int
+    def __init__(self, replicas: _Optional[int] = ...) -> None: ...
+
+class ScaleResponse(_message.Message):
+    __slots__ = ("epoch", "added", "removed")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    added: _containers.RepeatedScalarFieldContainer[str]
+    removed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, epoch: _Optional[int] = ..., added: _Optional[_Iterable[str]] = ..., removed: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("actor",)
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    actor: str
+    def __init__(self, actor: _Optional[str] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("epoch", "removed")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    removed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, epoch: _Optional[int] = ..., removed: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -54,6 +54,16 @@ class ControlStub:
                 request_serializer=protos_dot_control__pb2.AbortRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/model1.v1.Control/Scale',
+                request_serializer=protos_dot_control__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.ScaleResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/model1.v1.Control/Drain',
+                request_serializer=protos_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.DrainResponse.FromString,
+                _registered_method=True)
         self.GetKvStats = channel.unary_unary(
                 '/model1.v1.Control/GetKvStats',
                 request_serializer=protos_dot_control__pb2.GetKvStatsRequest.SerializeToString,
@@ -100,6 +110,22 @@ class ControlServicer:
     def Abort(self, request, context):
         """Ends a live request of this gateway; its stream ends with CANCELLED. NOT_FOUND if none lives.
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """Both return when the change is live: whoever came is warm and used, whoever went has finished.
+        NOT_FOUND if there is no such actor, FAILED_PRECONDITION if the deployment could not serve any
+        more, ABORTED if it could not be done, and then nothing has changed. A caller that leaves does
+        not stop it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -151,6 +177,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=protos_dot_control__pb2.AbortRequest.FromString,
                     response_serializer=protos_dot_control__pb2.AbortResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=protos_dot_control__pb2.ScaleRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.ScaleResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=protos_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.DrainResponse.SerializeToString,
             ),
             'GetKvStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetKvStats,
@@ -281,6 +317,60 @@ class Control:
             '/model1.v1.Control/Abort',
             protos_dot_control__pb2.AbortRequest.SerializeToString,
             protos_dot_control__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.Control/Scale',
+            protos_dot_control__pb2.ScaleRequest.SerializeToString,
+            protos_dot_control__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.Control/Drain',
+            protos_dot_control__pb2.DrainRequest.SerializeToString,
+            protos_dot_control__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -15,6 +15,9 @@
     |  |- Draining            this process admits nothing any more
     |  |- WorkerUnavailable   no attention worker takes the request
     |  `- ExpertsUnavailable  a layer's routed experts did not answer
+    |- UnknownActor           the deployment has no actor of this name
+    |- ChangeRefused          the deployment could not serve any more after such a change
+    |- ChangeFailed           a change could not be made, and everything is as it was
     |- ModelMismatch          two processes do not hold the same model
     `- InternalFailure        a bug of ours; the log of the process that raised it knows more
 
@@ -100,6 +103,18 @@ class ExpertsUnavailable(Unavailable):
     """The routed experts of a layer did not answer."""
 
 
+class UnknownActor(ServiceError):
+    """The deployment has no actor of this name."""
+
+
+class ChangeRefused(ServiceError):
+    """The deployment could not serve any more after such a change."""
+
+
+class ChangeFailed(ServiceError):
+    """A change of the deployment could not be made, and everything is as it was."""
+
+
 class ModelMismatch(ServiceError):
     """Two processes do not hold the same model."""
 
@@ -124,6 +139,9 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     Draining: grpc.StatusCode.UNAVAILABLE,
     WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
     ExpertsUnavailable: grpc.StatusCode.UNAVAILABLE,
+    UnknownActor: grpc.StatusCode.NOT_FOUND,
+    ChangeRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    ChangeFailed: grpc.StatusCode.ABORTED,
     ModelMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     InternalFailure: grpc.StatusCode.INTERNAL,
     model_errors.ModelError: grpc.StatusCode.INTERNAL,

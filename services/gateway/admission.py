@@ -6,7 +6,7 @@ Owns the defaults (max_tokens, a drawn seed, a made-up request id). Knows neithe
 
 import secrets
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model1.errors import InvalidRequest
 from model1.tokenizer import Tokenizer
@@ -63,8 +63,15 @@ class Admission:
     def __init__(self, tokenizer: Tokenizer, limits: ModelLimits) -> None:
         self.tokenizer = tokenizer
         self.limits = limits
+        self._made_for_tokens = limits.max_context_length
         longest = max(len(tokenizer.token_bytes(token)) for token in range(limits.vocab_size))
-        self._max_text_bytes = limits.max_context_length * max(longest, LONGEST_SPECIAL_BYTES)
+        self._longest_token_bytes = max(longest, LONGEST_SPECIAL_BYTES)
+
+    def limit_context(self, max_tokens: int) -> None:
+        """Of what comes from now on, however much the model was made for."""
+        self.limits = replace(
+            self.limits, max_context_length=min(self._made_for_tokens, max_tokens)
+        )
 
     def admit(self, asked: AskedRequest, history: tuple[int, ...] = ()) -> GenerationRequest:
         """`history` is what the session said before. Raises InvalidRequest with a message that
@@ -116,7 +123,7 @@ class Admission:
             raise InvalidRequest("the prompt is empty")
         if not isinstance(prompt, str):
             return prompt
-        if len(prompt) > self._max_text_bytes:
+        if len(prompt) > self.limits.max_context_length * self._longest_token_bytes:
             # Encoding megabytes would hold up every other request before it is refused.
             raise InvalidRequest(
                 f"the prompt has {len(prompt)} characters, more than a context of "

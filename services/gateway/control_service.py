@@ -19,6 +19,7 @@ from services import rpc
 from services.errors import Unavailable, ending_with_status
 from services.gateway import wire
 from services.gateway.gateway import Gateway
+from services.gateway.operations import Operations
 from services.gateway.store import Store
 from services.gateway.topology import TopologySource
 
@@ -37,10 +38,13 @@ class About:
 
 
 class ControlService(control_pb2_grpc.ControlServicer):
-    def __init__(self, gateway: Gateway, about: About, topology: TopologySource) -> None:
+    def __init__(
+        self, gateway: Gateway, about: About, topology: TopologySource, operations: Operations
+    ) -> None:
         self._gateway = gateway
         self._about = about
         self._topology = topology
+        self._operations = operations
         self._start_s = time.monotonic()
 
     async def GetServerInfo(
@@ -77,6 +81,30 @@ class ControlService(control_pb2_grpc.ControlServicer):
         async with ending_with_status(context):
             topology = await self._topology()
         return wire.topology_to_wire(topology)
+
+    async def Scale(
+        self, request: control_pb2.ScaleRequest, context: Context
+    ) -> control_pb2.ScaleResponse:
+        async with ending_with_status(context):
+            match request.WhichOneof("what"):
+                case "experts":
+                    asked = request.experts
+                    group = asked.group if asked.HasField("group") else None
+                    change = await self._operations.scale_experts(asked.replicas, group)
+                case "attention":
+                    change = await self._operations.scale_attention(request.attention.replicas)
+                case _:
+                    raise InvalidRequest("what is to be scaled: set experts or attention")
+        return control_pb2.ScaleResponse(
+            epoch=change.epoch, added=change.added, removed=change.removed
+        )
+
+    async def Drain(
+        self, request: control_pb2.DrainRequest, context: Context
+    ) -> control_pb2.DrainResponse:
+        async with ending_with_status(context):
+            change = await self._operations.drain(request.actor)
+        return control_pb2.DrainResponse(epoch=change.epoch, removed=change.removed)
 
     async def Abort(
         self, request: control_pb2.AbortRequest, context: Context

@@ -1,5 +1,6 @@
 """The gRPC edge of a gateway's requests, and its life from listening to closed."""
 
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,12 +20,15 @@ from services.gateway.admission import Admission, ModelLimits
 from services.gateway.answer import Frame
 from services.gateway.control_service import About, ControlService, control_service
 from services.gateway.gateway import Gateway
+from services.gateway.operations import Operations
 from services.gateway.session_admin import SessionAdmin
 from services.gateway.session_service import SessionsService, sessions_service
 from services.gateway.sessions import Sessions
+from services.gateway.store import StoreAddress
 from services.gateway.stores import StoreSet
 from services.gateway.topology import TopologySource
 from services.gateway.watched_worker import SilenceLimits
+from services.gateway.worker import WorkerAddress
 from services.gateway.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -46,7 +50,6 @@ class GatewayConfig:
     model_dir: Path
     version: str
     address: str = "127.0.0.1:50051"
-    max_context_length: int | None = None  # None: what the model was made for
     default_max_tokens: int = 256
     max_active_requests: int = 256
     # That a request waits for an attention worker to take it, or to go on where one was lost.
@@ -98,8 +101,10 @@ class GatewayServer:
         self._metrics = metrics
 
     @classmethod
-    async def open(cls, config: GatewayConfig, topology: TopologySource) -> "GatewayServer":
-        """Listen and serve; give it workers with `gateway.workers.update`."""
+    async def open(
+        cls, config: GatewayConfig, topology: TopologySource, operations: Operations
+    ) -> "GatewayServer":
+        """Listen and serve; give it workers with `update`."""
         model = load_config(config.model_dir)
         admission = Admission(Tokenizer.from_dir(config.model_dir), model_limits(model, config))
         gateway = Gateway(
@@ -116,7 +121,7 @@ class GatewayServer:
             inference = InferenceService(gateway)
             metrics_url = metrics.url if metrics is not None else ""
             about = About(str(config.model_dir), model, config.version, metrics_url)
-            care = SessionAdmin(gateway.sessions, gateway.workers, admission.limits)
+            care = SessionAdmin(gateway.sessions, gateway.workers, admission)
             server = await rpc.start_server(
                 [
                     rpc.Service(
@@ -124,13 +129,27 @@ class GatewayServer:
                         partial(inference_pb2_grpc.add_InferenceServicer_to_server, inference),
                     ),
                     sessions_service(SessionsService(care, admission.tokenizer)),
-                    control_service(ControlService(gateway, about, topology)),
+                    control_service(ControlService(gateway, about, topology, operations)),
                 ],
                 config.address,
                 max_receive_bytes=rpc.MAX_PUBLIC_MESSAGE_BYTES,
             )
             opened.pop_all()
         return cls(gateway, server, metrics)
+
+    async def update(
+        self,
+        workers: Sequence[WorkerAddress],
+        stores: Sequence[StoreAddress],
+        *,
+        max_context_length: int | None,
+    ) -> None:
+        """Use exactly these from now on. `max_context_length` is what each of the workers can hold;
+        None leaves it as it is."""
+        if max_context_length is not None:
+            self.gateway.admission.limit_context(max_context_length)
+        await self.gateway.workers.update(workers)
+        await self.gateway.sessions.stores.update(stores)
 
     async def stop(self, grace_s: float) -> None:
         """Stop admitting, finish until `grace_s`, abort the rest, close."""
@@ -159,10 +178,7 @@ async def _open_metrics(
 def model_limits(model: ModelConfig, config: GatewayConfig) -> ModelLimits:
     return ModelLimits(
         vocab_size=model.vocab_size,
-        max_context_length=min(
-            model.max_position_embeddings,
-            config.max_context_length or model.max_position_embeddings,
-        ),
+        max_context_length=model.max_position_embeddings,
         default_max_tokens=config.default_max_tokens,
         eos_token_ids=model.eos_token_ids,
     )

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from model1.errors import InvalidRequest
 from protos import kvstore_pb2
 from services.errors import SessionExists, UnknownSession
-from services.gateway.admission import ModelLimits
+from services.gateway.admission import Admission
 from services.gateway.sessions import Sessions, blob_keys, check_name, key_chain
 from services.gateway.store import Store, Written
 from services.gateway.workers import WorkerPool
@@ -47,13 +47,13 @@ class SessionAdmin:
         self,
         sessions: Sessions,
         workers: WorkerPool,
-        limits: ModelLimits,
+        admission: Admission,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._sessions = sessions
         self._stores = sessions.stores
         self._workers = workers
-        self._limits = limits
+        self._admission = admission
         self._clock = clock
 
     def is_in_use(self, name: SessionName) -> bool:
@@ -155,7 +155,7 @@ class SessionAdmin:
             return head, written
 
     def _check(self, history: History) -> None:
-        limits = self._limits
+        limits = self._admission.limits
         num_tokens = len(history.token_ids)
         if not 0 < num_tokens < limits.max_context_length:
             raise InvalidRequest(

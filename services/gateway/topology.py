@@ -17,6 +17,7 @@ class Member:
     state: str
     requests: int
     expert_group: int | None = None
+    restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,7 @@ def topology_to_wire(topology: Topology) -> control_pb2.GetTopologyResponse:
             state=member.state,
             requests=member.requests,
             expert_group=member.expert_group,
+            restarts=member.restarts,
         )
         for member in topology.members
     ]

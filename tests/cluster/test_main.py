@@ -59,6 +59,12 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]
         (("kv", "evict", "--tier", "ram"), "--bytes"),
         (("kv", "evict", "--tier", "tape", "--bytes", "1"), "'tape'"),
         (("kv", "evict", "--tier", "ram", "--bytes", "1kg"), "'1kg'"),
+        (("scale",), "experts|attention"),
+        (("scale", "experts"), "--replicas"),
+        (("scale", "experts", "--replicas", "0"), "0"),
+        (("scale", "experts", "--replicas", "1", "--group", "-1"), "-1"),
+        (("scale", "attention", "--replicas", "many"), "'many'"),
+        (("drain",), "ACTOR"),
         (("frobnicate",), "'frobnicate'"),
         ((), "VERB"),
     ],
@@ -116,6 +122,7 @@ def test_a_wrong_environment_variable_is_a_usage_error(
     [
         *("", "demo", "serve", "generate", "chat", "status", "train"),
         *("bench serve", "bench model", "bench fp8", "session", "session export", "kv"),
+        *("scale", "scale experts", "drain"),
     ],
 )
 def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str], verb: str) -> None:

@@ -14,10 +14,10 @@ import pytest
 from cluster.client import End, Piece, Question, Unreachable, connected
 from cluster.config import AttentionSettings, KvSettings, Settings, load_settings
 from cluster.local import ask_here
-from cluster.members import Listening, Peers, Process, Snapshot
+from cluster.members import Change, DeploymentError, Listening, Peers, Process, Snapshot
 from cluster.roles import Place, Serve, Serving, engine_config, load_role
 from cluster.supervisor import Supervisor
-from cluster.topology import ActorSpec, Role, plan_topology
+from cluster.topology import ActorSpec, Role, Room, plan_topology
 from model1.errors import ConfigError
 from model1.kv_layout import KVFormat
 from services.attention import warm_up
@@ -40,11 +40,11 @@ class RoleHere:
         self._serve: Serve
         self._serving: Serving
 
-    async def load(self) -> Process:
-        self._serve = load_role(
-            self._spec, self._settings, place=self._place, snapshot=self._no_snapshot
-        )
+    async def placed(self) -> Process:
         return Process(os.getpid(), "here")
+
+    async def load(self) -> None:
+        self._serve = load_role(self._spec, self._settings, place=self._place, supervisor=Nobody())
 
     async def serve(self, peers: Peers) -> Listening:
         self._serving = await self._serve(peers)
@@ -59,11 +59,36 @@ class RoleHere:
     async def stop(self, grace_seconds: float) -> None:
         await self._serving.stop(grace_seconds)
 
+    async def ended(self) -> str:
+        await asyncio.Event().wait()
+        raise AssertionError("this process goes on")
+
     def kill(self) -> None:
         pass
 
-    async def _no_snapshot(self) -> Snapshot:
+
+class Nobody:
+    """The supervisor, where nobody is to ask for it."""
+
+    async def snapshot(self) -> Snapshot:
         raise AssertionError("nobody asks for the topology here")
+
+    async def scale_experts(self, num_replicas: int, group: int | None) -> Change:
+        raise AssertionError("nobody scales here")
+
+    async def scale_attention(self, num_workers: int) -> Change:
+        raise AssertionError("nobody scales here")
+
+    async def drain(self, name: str) -> Change:
+        raise AssertionError("nobody drains here")
+
+
+class OneMachine:
+    async def rooms(self) -> tuple[Room, ...]:
+        return (Room(),)
+
+    async def wait_for_slots(self, role: Role, num_slots: int) -> None:
+        raise AssertionError("there is room for everybody")
 
 
 @pytest.fixture
@@ -76,9 +101,12 @@ def settings(tiny_checkpoint: Path) -> Settings:
 async def deployed_here(settings: Settings, folder: Path) -> AsyncIterator[tuple[str, Supervisor]]:
     topology = plan_topology(settings.topology, num_experts=4)
     supervisor = Supervisor(
-        topology, lambda spec: RoleHere(spec, settings, folder), Process(os.getpid(), "here")
+        topology,
+        lambda spec: RoleHere(spec, settings, folder),
+        Process(os.getpid(), "here"),
+        OneMachine(),
     )
-    endpoint = await supervisor.start(timeout_seconds=30)
+    endpoint = await supervisor.start()
     try:
         yield endpoint, supervisor
     finally:
@@ -232,3 +260,66 @@ async def test_fp8_kv_gives_the_same_tokens_here_and_deployed(
     here = [frame async for frame in ask_here(settings, question)]
     for frames in (deployed, here):
         assert [token for f in frames if isinstance(f, Piece) for token in f.token_ids] == expected
+
+
+async def test_a_deployment_scales_while_a_stream_runs(
+    settings: Settings, socket_folder: Path
+) -> None:
+    expected = tiny_model.model().generate(PROMPT, max_tokens=60)
+    async with (
+        deployed_here(settings, socket_folder) as (at, supervisor),
+        connected(at) as client,
+    ):
+        frames = aiter(client.ask(Question(prompt=PROMPT, max_tokens=60)))
+        first = await anext(frames)
+        grown = await supervisor.changes.scale_experts(3, None)
+        shrunk = await supervisor.changes.scale_experts(1, None)
+        tokens = [
+            t
+            for f in (first, *[f async for f in frames])
+            if isinstance(f, Piece)
+            for t in f.token_ids
+        ]
+        assert (len(grown.added), len(shrunk.removed)) == (4, 4)
+        assert tokens == expected
+        assert (await supervisor.changes.drain("attention-0")).removed == ("attention-0",)
+        again = [frame async for frame in client.ask(Question(prompt=PROMPT, max_tokens=60))]
+    assert [t for f in again if isinstance(f, Piece) for t in f.token_ids] == expected
+
+
+async def test_a_router_comes_back_where_it_was(
+    settings: Settings, socket_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.roles.UPDATE_CONNECT_TIMEOUT_SECONDS", 0.2)
+    spec = ActorSpec("router-0", Role.ROUTER, 0)
+    expert = RoleHere(
+        ActorSpec("expert-0-0", Role.EXPERT, 0, end_expert=4), settings, socket_folder
+    )
+    await expert.load()
+    replica = (await expert.serve(Peers())).address
+    nobody = "127.0.0.1:9"  # a replica that died as well, and is not known to be gone yet
+    first, second = RoleHere(spec, settings, socket_folder), RoleHere(spec, settings, socket_folder)
+    for router in (first, second):
+        await router.load()
+    address = (await first.serve(Peers(((replica,),) * 4, epoch=1))).address
+    await first.stop(0)
+    peers = Peers(((replica, nobody),) * 4, epoch=2, last_address=address)
+    assert (await second.serve(peers)).address == address
+    folder = Path(address.removeprefix("unix:")).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    await second.update(Peers(((replica,),) * 4, epoch=3))
+    await second.update(Peers(((nobody,),) * 4, epoch=2))  # overtaken
+    await second.stop(0)
+    await expert.stop(0)
+
+
+async def test_a_router_does_not_listen_where_others_may_enter(
+    settings: Settings, socket_folder: Path
+) -> None:
+    folder = socket_folder / "router-open"
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    router = RoleHere(ActorSpec("router-0", Role.ROUTER, 0), settings, socket_folder)
+    await router.load()
+    with pytest.raises(DeploymentError, match="router-open is not a folder of this user alone"):
+        await router.serve(Peers(epoch=1, last_address=f"unix:{folder}/grpc.sock"))

@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import TopologySettings
-from cluster.topology import Role, TopologyError, plan_topology, split_experts
+from cluster.topology import (
+    NoFreeSlot,
+    Role,
+    Room,
+    TopologyError,
+    plan_topology,
+    split_experts,
+    surplus,
+    with_replicas,
+)
 
 
 def wanted(workers: int, groups: int, replicas: int) -> TopologySettings:
@@ -21,7 +30,9 @@ def test_the_smallest_deployment_has_one_of_each() -> None:
 
 
 def test_without_kv_stores_everything_else_is_the_same() -> None:
-    topology = plan_topology(wanted(2, 1, 1), num_experts=8, num_nodes=2, with_kv_stores=False)
+    topology = plan_topology(
+        wanted(2, 1, 1), num_experts=8, rooms=[Room()] * 2, with_kv_stores=False
+    )
     names = [actor.name for actor in topology.actors]
     assert names == [
         *("gateway-0", "attention-0", "attention-1", "router-0", "router-1", "expert-0-0")
@@ -50,7 +61,9 @@ def test_every_expert_is_in_exactly_one_group(num_experts: int, num_groups: int)
 def test_each_worker_has_a_router_on_its_node_and_each_group_all_its_replicas(
     workers: int, groups: int, replicas: int, num_nodes: int
 ) -> None:
-    topology = plan_topology(wanted(workers, groups, replicas), num_experts=4, num_nodes=num_nodes)
+    topology = plan_topology(
+        wanted(workers, groups, replicas), num_experts=4, rooms=[Room()] * num_nodes
+    )
     assert len({actor.name for actor in topology.actors}) == len(topology.actors)
     assert all(0 <= actor.node < num_nodes for actor in topology.actors)
     routers = topology.of_role(Role.ROUTER)
@@ -72,12 +85,12 @@ def test_each_worker_has_a_router_on_its_node_and_each_group_all_its_replicas(
 
 
 def test_experts_go_to_the_nodes_that_have_no_attention_worker_first() -> None:
-    topology = plan_topology(wanted(1, 2, 1), num_experts=8, num_nodes=3)
+    topology = plan_topology(wanted(1, 2, 1), num_experts=8, rooms=[Room()] * 3)
     assert [expert.node for expert in topology.of_role(Role.EXPERT)] == [1, 2]
 
 
 def test_a_deployment_serves_while_every_role_has_someone_left() -> None:
-    topology = plan_topology(wanted(2, 2, 2), num_experts=8, num_nodes=2)
+    topology = plan_topology(wanted(2, 2, 2), num_experts=8, rooms=[Room()] * 2)
     everybody = frozenset(actor.name for actor in topology.actors)
     assert topology.missing(everybody) is None
     assert topology.missing(everybody - {"expert-0-0", "expert-1-1", "attention-0"}) is None
@@ -93,6 +106,55 @@ def test_a_deployment_serves_while_every_role_has_someone_left() -> None:
     ],
 )
 def test_a_role_without_anyone_left_is_named(dead: set[str], message: str) -> None:
-    topology = plan_topology(wanted(2, 2, 2), num_experts=8, num_nodes=2)
+    topology = plan_topology(wanted(2, 2, 2), num_experts=8, rooms=[Room()] * 2)
     alive = frozenset(actor.name for actor in topology.actors) - dead
     assert message in (topology.missing(alive) or "")
+
+
+def slots(experts: int, attention: int = 1) -> Room:
+    return Room(slots={Role.EXPERT: experts, Role.ATTENTION: attention})
+
+
+def test_actors_go_where_there_are_slots() -> None:
+    rooms = [slots(0, 2), slots(3, 0), slots(1, 0)]
+    topology = plan_topology(wanted(2, 2, 2), num_experts=4, rooms=rooms)
+    assert [worker.node for worker in topology.of_role(Role.ATTENTION)] == [0, 0]
+    nodes = [expert.node for expert in topology.of_role(Role.EXPERT)]
+    assert sorted(nodes) == [1, 1, 1, 2]
+
+
+def test_a_cluster_without_a_free_slot_is_told_which_and_how_many() -> None:
+    with pytest.raises(NoFreeSlot, match="no node has a free expert_slot, and 4 more of role exp"):
+        plan_topology(wanted(1, 2, 2), num_experts=4, rooms=[slots(3)])
+    with pytest.raises(NoFreeSlot, match="attention_slot, and 2 more"):
+        plan_topology(wanted(2, 1, 1), num_experts=4, rooms=[slots(3)])
+
+
+def test_dead_nodes_take_nobody() -> None:
+    rooms = [Room(is_alive=False), Room()]
+    topology = plan_topology(wanted(2, 2, 2), num_experts=4, rooms=rooms)
+    computing = (*topology.of_role(Role.ATTENTION), *topology.of_role(Role.EXPERT))
+    assert {actor.node for actor in computing} == {1}
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(1, 4))
+def test_growing_keeps_who_is_there_and_ends_with_the_number_wanted(
+    groups: int, before: int, after: int, num_nodes: int
+) -> None:
+    rooms = [Room()] * num_nodes
+    old = plan_topology(wanted(1, groups, before), num_experts=8, rooms=rooms)
+    new = with_replicas(old, after, range(groups), rooms)
+    assert new.actors[: len(old.actors)] == old.actors
+    assert len({actor.name for actor in new.actors}) == len(new.actors)
+    for group in range(groups):
+        assert len(new.replicas_of(group)) == max(before, after)
+        on_node = [sum(a.node == n for a in new.replicas_of(group)) for n in range(num_nodes)]
+        assert max(on_node) - min(on_node) <= 1
+
+
+def test_surplus_takes_the_dead_and_then_the_last_to_come() -> None:
+    replicas = plan_topology(wanted(1, 1, 4), num_experts=4).replicas_of(0)
+    alive = {"expert-0-0", "expert-0-2", "expert-0-3"}
+    names = [spec.name for spec in surplus(replicas, 1, alive)]
+    assert names == ["expert-0-1", "expert-0-3", "expert-0-2"]
+    assert surplus(replicas, 5, alive) == ()

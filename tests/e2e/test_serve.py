@@ -115,10 +115,16 @@ def _until_ray_starts(process: "subprocess.Popen[str]") -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_deployment_that_loses_an_expert_group_says_so_and_ends(tiny_checkpoint: Path) -> None:
-    with served("--model", tiny_checkpoint, "--expert-groups", "2") as deployment:
+def test_a_deployment_that_cannot_get_its_experts_back_says_so_and_ends(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL1_CLUSTER__RESTART_TIMEOUT_SECONDS", "3")
+    for file in tiny_checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with served("--model", tmp_path, "--expert-groups", "2") as deployment:
         members = deployment.members()
         victim = next(m for m in members if m["name"] == "expert-1-0")
+        (tmp_path / "config.json").unlink()
         os.kill(victim["pid"], signal.SIGKILL)
         ended = deployment.wait()
     assert ended.code == 1

@@ -36,6 +36,12 @@ def kill(deployment: Served, *names: str) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def drain(deployment: Served, name: str) -> None:
+    """Its node goes on, and it does not come back there."""
+    drained = run_json("drain", name, "--endpoint", deployment.endpoint)
+    assert drained["removed"] == [name]
+
+
 def test_a_session_goes_on_at_another_node(tiny_checkpoint: Path, ray_address: str) -> None:
     flags = ("--model", tiny_checkpoint, "--attention-workers", "2", "--ray-address", ray_address)
     with served(*flags) as deployment:
@@ -50,7 +56,7 @@ def test_a_session_goes_on_at_another_node(tiny_checkpoint: Path, ray_address: s
         wait_until_stored(deployment, "ram")
         [listed] = run_json("session", "list", "--endpoint", deployment.endpoint)["sessions"]
         assert listed["worker"] == "attention-0"
-        kill(deployment, "attention-0")
+        drain(deployment, "attention-0")
         second = turn(deployment, (5,), *SESSION)
         assert second["token_ids"] == generated(history)
         came_from = kv_tokens(second)
@@ -71,7 +77,8 @@ def test_a_session_goes_on_from_redis_when_its_node_is_dead(
             first = turn(deployment, PROMPT, *SESSION)
             history = (*PROMPT, *first["token_ids"], 5)
             wait_until_stored(deployment, "cold")
-            kill(deployment, "attention-0", "kvstore-0")
+            drain(deployment, "attention-0")
+            kill(deployment, "kvstore-0")
             second = turn(deployment, (5,), *SESSION)
             assert second["token_ids"] == generated(history)
             came_from = kv_tokens(second)

@@ -26,6 +26,7 @@ from services.router.router import Router
 from services.router.routing import RoutingTable
 from services.router.server import router_service
 from tests.services import tiny_model
+from tests.services.gateway.deployed import StagedOperations
 
 NUM_EXPERTS = tiny_model.CONFIG.n_routed_experts
 LIMITS = SchedulerLimits(max_batch_tokens=48, max_sequences=8, max_waiting=64)
@@ -98,7 +99,7 @@ async def deployed(
         config = GatewayConfig(
             model_dir=tiny_model.write_model_dir(directory), version="1", address="127.0.0.1:0"
         )
-        gateway = await GatewayServer.open(config, topology)
+        gateway = await GatewayServer.open(config, topology, StagedOperations())
         stack.push_async_callback(gateway.stop, 0)
         await gateway.gateway.workers.update(
             [WorkerAddress(f"attention-{i}", worker.address) for i, worker in enumerate(workers)]

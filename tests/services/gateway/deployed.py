@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from services.attention.engine import EngineConfig
 from services.attention.local import LocalExperts
 from services.attention.scheduler import SchedulerLimits
 from services.attention.server import AttentionWorker, AttentionWorkerConfig
+from services.gateway.operations import Change
 from services.gateway.server import GatewayConfig, GatewayServer
 from services.gateway.store import StoreAddress
 from services.gateway.topology import Member, Topology
@@ -42,6 +43,29 @@ async def topology() -> Topology:
     return Topology(3, (MEMBER,))
 
 
+@dataclass
+class StagedOperations:
+    """What was asked of the deployment, which does as the test says."""
+
+    asked: list[tuple[object, ...]] = field(default_factory=list)
+    fails_with: Exception | None = None
+
+    async def scale_experts(self, num_replicas: int, group: int | None) -> Change:
+        return self._done("scale_experts", num_replicas, group)
+
+    async def scale_attention(self, num_workers: int) -> Change:
+        return self._done("scale_attention", num_workers)
+
+    async def drain(self, name: str) -> Change:
+        return self._done("drain", name)
+
+    def _done(self, *asked: object) -> Change:
+        self.asked.append(asked)
+        if self.fails_with:
+            raise self.fails_with
+        return Change(4, ("expert-0-1",), ("expert-1-1",))
+
+
 async def open_worker(name: str, pool: KVPool, store_address: str) -> AttentionWorker:
     model = tiny_model.model()
     limits = SchedulerLimits(max_batch_tokens=32, max_sequences=4, max_waiting=8)
@@ -62,6 +86,7 @@ class Deployment:
     inference: Any
     control: Any
     sessions: Any
+    operations: StagedOperations
 
     @property
     def num_sequences(self) -> int:
@@ -90,7 +115,8 @@ async def gateway_over(
         default_max_tokens=5,
         **{"max_active_requests": MAX_ACTIVE, **settings},
     )
-    gateway = await GatewayServer.open(config, topology)
+    operations = StagedOperations()
+    gateway = await GatewayServer.open(config, topology, operations)
     await gateway.gateway.workers.update(rows)
     async with rpc.channel(gateway.address) as channel:
         yield Deployment(
@@ -101,6 +127,7 @@ async def gateway_over(
             inference_pb2_grpc.InferenceStub(channel),
             control_pb2_grpc.ControlStub(channel),
             sessions_pb2_grpc.SessionsStub(channel),
+            operations,
         )
     await gateway.stop(grace_s=0)
     assert gateway.gateway.num_active == 0

@@ -18,6 +18,7 @@ from services.kvstore.config import KvStoreConfig
 from services.rpc import AddressUnavailable
 from tests.services.gateway.deployed import (
     Deployment,
+    StagedOperations,
     deployed,
     failure,
     frame,
@@ -200,11 +201,11 @@ async def test_a_port_in_use_is_named_and_no_other_stays_taken(
             model_dir=directory, version="1", address="127.0.0.1:0", metrics_port=port
         )
         with pytest.raises(AddressUnavailable, match=rf"127\.0\.0\.1:{port} for metrics: .*in use"):
-            await GatewayServer.open(config, topology)
+            await GatewayServer.open(config, topology, StagedOperations())
     config = GatewayConfig(
         model_dir=directory, version="1", address=deployment.gateway.address, metrics_port=port
     )
     with pytest.raises(AddressUnavailable, match=deployment.gateway.address):
-        await GatewayServer.open(config, topology)
+        await GatewayServer.open(config, topology, StagedOperations())
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))

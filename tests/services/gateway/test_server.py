@@ -23,6 +23,7 @@ from tests.services import tiny_model
 from tests.services.gateway.deployed import (
     MAX_ACTIVE,
     Deployment,
+    StagedOperations,
     deployed,
     failure,
     frame,
@@ -308,7 +309,7 @@ async def test_the_gateway_reports_the_health_of_both_services(deployment: Deplo
 async def test_a_port_in_use_is_named(deployment: Deployment, tmp_path: Path) -> None:
     config = GatewayConfig(model_dir=tmp_path, version="1", address=deployment.gateway.address)
     with pytest.raises(rpc.AddressUnavailable, match=deployment.gateway.address):
-        await GatewayServer.open(config, topology)
+        await GatewayServer.open(config, topology, StagedOperations())
 
 
 def test_the_gateway_never_imports_torch() -> None:

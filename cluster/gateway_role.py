@@ -1,0 +1,119 @@
+"""What a gateway's process builds: the server, what it tells of the deployment, and its line to the
+supervisor. What is asked of the supervisor is the supervisor's to judge.
+"""
+
+import importlib.metadata
+from collections.abc import Awaitable
+
+from cluster import members
+from cluster.config import GatewaySettings, ModelSettings
+from cluster.members import Listening, Peers, Snapshot
+from cluster.preflight import model_directory
+from cluster.roles import Serve, Serving, SupervisorLink
+from cluster.topology import Role
+from model1.errors import InvalidRequest
+from services.errors import ChangeFailed, ChangeRefused, Unavailable, UnknownActor
+from services.gateway.operations import Change
+from services.gateway.topology import Member, Topology
+
+
+def load_gateway(
+    model: ModelSettings, settings: GatewaySettings, supervisor: SupervisorLink
+) -> Serve:
+    from services.gateway.counters import Outcome
+    from services.gateway.server import GatewayConfig, GatewayServer
+    from services.gateway.store import StoreAddress
+    from services.gateway.watched_worker import SilenceLimits
+    from services.gateway.worker import WorkerAddress
+
+    async def topology() -> Topology:
+        return _reported(await supervisor.snapshot())
+
+    async def serve(peers: Peers) -> Serving:
+        config = GatewayConfig(
+            model_dir=model_directory(model),
+            version=importlib.metadata.version("model1"),
+            address=peers.last_address or settings.endpoint,
+            default_max_tokens=settings.default_max_tokens,
+            max_active_requests=settings.max_active_requests,
+            continue_patience_seconds=settings.continue_patience_seconds,
+            silence=SilenceLimits(silent_seconds=settings.silent_worker_seconds),
+            metrics_host=settings.metrics_host,
+            metrics_port=settings.metrics_port,
+        )
+        server = await GatewayServer.open(config, topology, SupervisedOperations(supervisor))
+
+        async def update(peers: Peers) -> None:
+            await server.update(
+                [WorkerAddress(w.name, w.address, w.store) for w in peers.worker_addresses],
+                [StoreAddress(name, address) for name, address in peers.store_addresses],
+                # Whichever worker takes a request has room for it.
+                max_context_length=min((w.kv_tokens for w in peers.worker_addresses), default=None),
+            )
+
+        await update(peers)
+        counters = server.gateway.counters
+        return Serving(
+            Listening(server.address), lambda: counters.ended[Outcome.FINISHED], server.stop, update
+        )
+
+    return serve
+
+
+class SupervisedOperations:
+    """The gateway's `Operations`, done by the supervisor."""
+
+    def __init__(self, supervisor: SupervisorLink) -> None:
+        self._supervisor = supervisor
+
+    async def scale_experts(self, num_replicas: int, group: int | None) -> Change:
+        return await _done(self._supervisor.scale_experts(num_replicas, group))
+
+    async def scale_attention(self, num_workers: int) -> Change:
+        return await _done(self._supervisor.scale_attention(num_workers))
+
+    async def drain(self, name: str) -> Change:
+        return await _done(self._supervisor.drain(name))
+
+
+async def _done(asked: Awaitable[members.Change]) -> Change:
+    try:
+        change = await asked
+    except members.ChangeInvalid as error:
+        raise InvalidRequest(str(error)) from error
+    except members.UnknownActor as error:
+        raise UnknownActor(str(error)) from error
+    except members.ChangeRefused as error:
+        raise ChangeRefused(str(error)) from error
+    except members.ChangeFailed as error:
+        raise ChangeFailed(str(error)) from error
+    except members.ActorDied as error:
+        raise Unavailable(str(error)) from error
+    return Change(change.epoch, change.added, change.removed)
+
+
+def _reported(snapshot: Snapshot) -> Topology:
+    reported = [
+        Member(
+            name=member.spec.name,
+            role=member.spec.role,
+            address=member.address,
+            pid=member.process.pid,
+            node_id=member.process.node_id,
+            state=member.state,
+            requests=member.num_requests,
+            expert_group=member.spec.group if member.spec.role is Role.EXPERT else None,
+            restarts=member.restarts,
+        )
+        for member in snapshot.members
+    ]
+    supervisor = Member(
+        name="supervisor",
+        role="supervisor",
+        address="",
+        pid=snapshot.supervisor.pid,
+        node_id=snapshot.supervisor.node_id,
+        state="ready",
+        requests=0,
+    )
+    return Topology(snapshot.epoch, (*reported, supervisor))

@@ -1,0 +1,64 @@
+"""`model1 scale` and `model1 drain`: how many actors of a kind a running deployment has."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.client import Client, connected, named_failures
+from cluster.plain import as_json
+from cluster.status import member_table
+from protos import control_pb2, control_pb2_grpc
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleCommand:
+    """One change, asked of the gateway at `endpoint`; returns when it is live, however long that
+    takes. Prints what came and went, and who is there now."""
+
+    endpoint: str
+    as_json: bool
+
+    async def experts(self, num_replicas: int, group: int | None) -> None:
+        wanted = control_pb2.ScaleExperts(replicas=num_replicas, group=group)
+        await self._scale(control_pb2.ScaleRequest(experts=wanted))
+
+    async def attention(self, num_workers: int) -> None:
+        wanted = control_pb2.ScaleAttention(replicas=num_workers)
+        await self._scale(control_pb2.ScaleRequest(attention=wanted))
+
+    async def drain(self, name: str) -> None:
+        async with self._client() as client:
+            change = await _control(client).Drain(control_pb2.DrainRequest(actor=name))
+            await self._print(client, change, removed=change.removed)
+
+    async def _scale(self, request: control_pb2.ScaleRequest) -> None:
+        async with self._client() as client:
+            change = await _control(client).Scale(request)
+            await self._print(client, change, added=change.added, removed=change.removed)
+
+    @asynccontextmanager
+    async def _client(self) -> AsyncIterator[Client]:
+        async with connected(self.endpoint) as client:
+            with named_failures(self.endpoint):
+                yield client
+
+    async def _print(
+        self,
+        client: Client,
+        change: control_pb2.ScaleResponse | control_pb2.DrainResponse,
+        *,
+        added: Sequence[str] = (),
+        removed: Sequence[str] = (),
+    ) -> None:
+        if self.as_json:
+            print(as_json(change))
+            return
+        both = (("added", added), ("removed", removed))
+        words = [f"{what} {', '.join(names)}" for what, names in both if names]
+        print(f"{'; '.join(words) or 'nothing to change'}; routing epoch {change.epoch}")
+        print(member_table((await client.topology()).members))
+
+
+def _control(client: Client) -> Any:
+    return control_pb2_grpc.ControlStub(client.channel)

@@ -1,0 +1,29 @@
+"""What operators may change of the deployment through a gateway. Whoever runs it does it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Actors that came and went, by name; the epoch of the routing table once that was live."""
+
+    epoch: int
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+class Operations(Protocol):
+    """Each returns when the change is live. Raises `InvalidRequest` for what cannot be,
+    `UnknownActor`, `ChangeRefused`, `ChangeFailed`, and `Unavailable` if nobody is there to do it.
+    """
+
+    async def scale_experts(self, num_replicas: int, group: int | None) -> Change:
+        """So many replicas of one expert group, or of each."""
+        ...
+
+    async def scale_attention(self, num_workers: int) -> Change: ...
+
+    async def drain(self, name: str) -> Change:
+        """Take one actor out for good, once it has finished what it has."""
+        ...

@@ -1,0 +1,204 @@
+"""A deployment whose actors live in this process and do as the test says."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from cluster.backoff import RestartPolicy
+from cluster.config import TopologySettings
+from cluster.members import (
+    ActorDied,
+    ChangeFailed,
+    DeploymentError,
+    Listening,
+    Member,
+    Peers,
+    Process,
+    Redis,
+)
+from cluster.supervisor import Patience, Supervisor
+from cluster.topology import ActorSpec, Role, Room, Topology, plan_topology
+
+OWN_PROCESS = Process(1, "node")
+REDIS = Redis("redis://here:1", "hush")
+TOPOLOGY = plan_topology(
+    TopologySettings(attention_workers=2, expert_groups=2, expert_replicas=2),
+    num_experts=4,
+    rooms=[Room()] * 2,
+)
+EVERYBODY = sorted(spec.name for spec in TOPOLOGY.actors)
+PATIENCE = Patience(
+    start_seconds=30,
+    drain_seconds=3,
+    restart_seconds=30,
+    restarts=RestartPolicy(first_delay_seconds=0.001, max_delay_seconds=0.002),
+)
+
+
+@dataclass
+class Stage:
+    """What all actors of a test share: the log of what happened, and who misbehaves. It is the
+    nodes as well."""
+
+    topology: Topology = TOPOLOGY
+    patience: Patience = PATIENCE
+    log: list[str] = field(default_factory=list)
+    peers: dict[str, Peers] = field(default_factory=dict)
+    fails_to_load: str = ""
+    fails_to_serve: str = ""
+    never_loads: str = ""
+    never_serves: str = ""
+    never_stops: str = ""
+    refuses_updates: str = ""
+    busy: set[str] = field(default_factory=set)
+    rooms_now: tuple[Room, ...] = (Room(), Room())
+    rooms_later: tuple[Room, ...] | None = None  # once somebody has waited for slots
+    _actors: dict[str, list["StagedActor"]] = field(default_factory=dict)
+    _happened: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def create(self, spec: ActorSpec) -> "StagedActor":
+        processes = self._actors.setdefault(spec.name, [])
+        processes.append(StagedActor(self, spec, number=len(processes)))
+        self.note(f"create {spec.name}")
+        return processes[-1]
+
+    def supervisor(self) -> Supervisor:
+        return Supervisor(self.topology, self.create, OWN_PROCESS, self, self.patience)
+
+    @asynccontextmanager
+    async def started(self) -> AsyncIterator[Supervisor]:
+        supervisor = self.supervisor()
+        await supervisor.start()
+        self.log.clear()
+        yield supervisor
+        await supervisor.stop()
+
+    def note(self, event: str) -> None:
+        self.log.append(event)
+        self._happened.set()
+        self._happened = asyncio.Event()
+
+    async def until(self, *events: str) -> None:
+        """All of these are in the log."""
+        await self.until_true(lambda: set(events) <= set(self.log))
+
+    async def until_true(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(30):
+            while not condition():
+                await self._happened.wait()
+
+    def kill(self, name: str) -> None:
+        """Its process is gone, as after a signal that cannot be caught."""
+        self._actors[name][-1].is_gone.set()
+
+    @property
+    def killed(self) -> set[str]:
+        """Whose every process has ended."""
+        return {
+            name
+            for name, processes in self._actors.items()
+            if all(process.is_gone.is_set() for process in processes)
+        }
+
+    def num_processes(self, name: str) -> int:
+        return len(self._actors.get(name, ()))
+
+    def replicas(self, group: int) -> tuple[str, ...]:
+        """Where the routers are told to find the group."""
+        return self.peers["router-0"].replicas_of_expert[2 * group]
+
+    def workers(self) -> tuple[str, ...]:
+        """Whom the gateway is told of."""
+        return tuple(place.address for place in self.peers["gateway-0"].worker_addresses)
+
+    async def rooms(self) -> tuple[Room, ...]:
+        return self.rooms_now
+
+    async def wait_for_slots(self, role: Role, num_slots: int) -> None:
+        self.note(f"wait for {num_slots} {role}")
+        if self.rooms_later is None:
+            raise ChangeFailed(f"no node had {num_slots} more within 1 s; nothing has changed")
+        self.rooms_now = self.rooms_later
+
+
+@dataclass
+class StagedActor:
+    stage: Stage
+    spec: ActorSpec
+    number: int  # of this process among those of the actor
+    is_gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    async def placed(self) -> Process:
+        self._live()
+        return Process(100 + self.number, f"node-{self.spec.node}")
+
+    async def load(self) -> None:
+        self._live()
+        if self.name == self.stage.fails_to_load:
+            self.stage.note(f"fail {self.name}")
+            raise DeploymentError(f"{self.name}: no such file")
+        if self.name == self.stage.never_loads:
+            await self._forever()
+        self.stage.note(f"load {self.name}")
+
+    async def serve(self, peers: Peers) -> Listening:
+        self._live()
+        if self.name == self.stage.fails_to_serve:
+            raise DeploymentError(f"{self.name}: port in use")
+        if self.name == self.stage.never_serves:
+            await self._forever()
+        self.stage.peers[self.name] = peers
+        self.stage.note(f"serve {self.name}")
+        redis = REDIS if self.name == "kvstore-0" else None
+        return Listening(peers.last_address or self.address, kv_tokens=77, redis=redis)
+
+    @property
+    def address(self) -> str:
+        """Another one for every process."""
+        return f"at-{self.name}" + (f"-again-{self.number}" if self.number else "")
+
+    async def update(self, peers: Peers) -> None:
+        self._live()
+        if self.name == self.stage.refuses_updates:
+            raise DeploymentError(f"{self.name}: cannot")
+        self.stage.peers[self.name] = peers
+        self.stage.note(f"update {self.name}")
+
+    async def num_requests(self) -> int:
+        self._live()
+        if self.name in self.stage.busy:
+            await asyncio.Event().wait()
+        return 7
+
+    async def ended(self) -> str:
+        await self.is_gone.wait()
+        return "killed"
+
+    async def stop(self, grace_seconds: float) -> None:
+        self._live()
+        self.stage.note(f"stop {self.name}")
+        if self.name == self.stage.never_stops:
+            await self._forever()
+
+    def kill(self) -> None:
+        if not self.is_gone.is_set():
+            self.stage.note(f"kill {self.name}")
+        self.is_gone.set()
+
+    def _live(self) -> None:
+        if self.is_gone.is_set():
+            raise ActorDied(f"{self.name} died")
+
+    async def _forever(self) -> None:
+        await self.is_gone.wait()
+        self._live()
+
+
+async def state_of(supervisor: Supervisor, name: str) -> Member:
+    members = (await supervisor.snapshot()).members
+    return next(member for member in members if member.spec.name == name)
