@@ -6,7 +6,7 @@ is an expert id with its load summed over the layers; with a table for each laye
 (layer, expert) would do as well.
 
 Loads are predicted as if an expert's pairs were split evenly over its copies. The router takes the
-copy whose replica owes the fewest pairs, which evens out what this prediction leaves.
+copy whose replica owes the fewest pairs, which over many layer crossings comes to about the same.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class BalanceSettings:
     """Balance is the mean over the largest load of the replicas: 1 when all have the same."""
 
     redundancy: float = 0.125  # copies beyond the first of each expert, as a share of the experts
-    act_below: float = 0.93  # a better balance than this is left alone
-    aim: float = 0.96  # a plan goes no further than this
+    act_below: float = 0.95  # a better balance than this is left alone
+    aim: float = 0.98  # a plan goes no further than this
     min_gain: float = 0.02  # moving weights for less does not pay
     # A copy with more than this share of a replica's mean load is hard to place beside others.
     max_copy_share: float = 0.8
@@ -62,9 +62,16 @@ class PlacementPlan:
 
 
 def plan_placement(
-    load: ArrayLike, replicas: Sequence[Replica], settings: BalanceSettings
+    load: ArrayLike,
+    replicas: Sequence[Replica],
+    settings: BalanceSettings,
+    *,
+    num_pairs: float = math.inf,
 ) -> PlacementPlan:
     """A placement that evens out `load` [num_experts], with few changes to the present one.
+
+    `num_pairs` is how many the load was measured from: of few, much of an imbalance is chance, and
+    moving experts after that would never end.
 
     First every expert that nobody holds is placed. Then, if the balance is poor, the hottest
     experts are copied, and the fullest replica gives experts away or exchanges them, whatever
@@ -77,7 +84,7 @@ def plan_placement(
     balance_before = search.balance
     search.place_missing()
     covered, balance_covered = search.placement(), search.balance
-    if balance_covered < settings.act_below:
+    if balance_covered < settings.act_below * balance_by_chance(num_pairs, len(before)):
         while search.balance < settings.aim and search.copy_hottest():
             pass
         while search.balance < settings.aim and search.relieve_fullest():
@@ -98,6 +105,15 @@ def replica_loads(load: ArrayLike, replicas: Sequence[Replica]) -> NDArray[np.fl
 def balance(replica_loads: NDArray[np.float64]) -> float:
     """Mean over largest; 1 without any load."""
     return float(replica_loads.mean() / replica_loads.max()) if replica_loads.any() else 1.0
+
+
+def balance_by_chance(num_pairs: float, num_replicas: int) -> float:
+    """What pairs that go to each replica with the same probability hardly fall below: the largest
+    of n normal variables is seldom more than sqrt(2 ln n) + 1 deviations above their mean."""
+    if not num_pairs:
+        return 0.0
+    deviation = math.sqrt((num_replicas - 1) / num_pairs)  # of one replica's load, of the mean
+    return 1 / (1 + (math.sqrt(2 * math.log(num_replicas)) + 1) * deviation)
 
 
 def balance_bound(load: ArrayLike, num_replicas: int, max_copies: int) -> float:

@@ -27,6 +27,11 @@ class LoadAverage:
         self._seconds = kept * self._seconds + seconds
 
     @property
+    def total(self) -> float:
+        """What all counts that have not faded come to: how much the average rests on."""
+        return float(self._counts.sum())
+
+    @property
     def per_second(self) -> NDArray[np.float64]:
         """0 for all until something was added."""
         return self._counts / (self._seconds or 1.0)

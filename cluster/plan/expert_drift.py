@@ -156,7 +156,9 @@ class _World:
         replicas = self.mover.replicas()
         if self._second % scenario.plan_every_seconds == 0 and self.mover.is_idle:
             measured = self._measured.per_second
-            plan = plan_placement(measured, replicas, scenario.settings)
+            plan = plan_placement(
+                measured, replicas, scenario.settings, num_pairs=self._measured.total
+            )
             self.mover.start(moves_of(plan, measured), self._second)
         return balance(replica_loads(pairs, replicas))
 

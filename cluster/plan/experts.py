@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cluster.config import SettingsError
+from cluster.expert_placement import balance_by_chance
 from cluster.figure import figure, require_plot
 from cluster.output import text_table
 from cluster.plan.expert_drift import TARGET, Scenario, Simulation, simulate_drift
@@ -51,6 +52,8 @@ def _report(simulation: Simulation, seed: int) -> str:
 
 def _setting(scenario: Scenario, seed: int) -> str:
     settings = scenario.settings
+    pairs_per_second = scenario.rows_per_second * scenario.topk
+    chance = balance_by_chance(pairs_per_second, scenario.num_replicas)
     return "\n".join(
         (
             f"{scenario.num_experts} experts on {scenario.num_replicas} replicas and"
@@ -59,8 +62,9 @@ def _setting(scenario: Scenario, seed: int) -> str:
             f"an expert is {scenario.expert_bytes / 1e6:.0f} MB and loads in"
             f" {scenario.load_seconds:.2f} s, at most {scenario.loads_at_once} at once;"
             f" planned every {scenario.plan_every_seconds} s",
-            "balance: mean load over largest load of the replicas, in one second;"
-            " the first drift is the start",
+            "balance: mean over largest load of the replicas in one second, which chance alone"
+            f" lowers to {chance:.2f};",
+            "the first drift is the start",
         )
     )
 

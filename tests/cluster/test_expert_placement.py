@@ -13,6 +13,7 @@ from cluster.expert_placement import (
     Replica,
     balance,
     balance_bound,
+    balance_by_chance,
     plan_placement,
     replica_loads,
 )
@@ -87,6 +88,38 @@ def test_a_good_balance_is_left_alone() -> None:
     replicas = replicas_of([[0, 1], [2, 3]], slots=3)
     plan = plan_placement([10, 11, 10, 10], replicas, SETTINGS)
     assert (plan.after, plan.num_loads) == (replicas, 0)
+
+
+def test_an_imbalance_that_may_be_chance_is_left_alone() -> None:
+    rng = np.random.default_rng(0)
+    replicas = replicas_of(RANGES, slots=9)
+    for num_pairs in (0, 100, 1000, 10_000, 100_000):
+        load = rng.multinomial(num_pairs, [1 / 256] * 256)
+        plan = plan_placement(load, replicas, SETTINGS, num_pairs=num_pairs)
+        assert plan.num_loads == 0
+    load[7] *= 20  # that is no chance
+    assert plan_placement(load, replicas, SETTINGS, num_pairs=load.sum()).num_loads > 0
+
+
+@pytest.mark.parametrize("num_replicas", [2, 8, 32])
+@pytest.mark.parametrize("pairs_each", [50, 5000])
+def test_even_draws_are_hardly_below_the_balance_by_chance(
+    num_replicas: int, pairs_each: int
+) -> None:
+    rng = np.random.default_rng(0)
+    num_pairs = num_replicas * pairs_each
+    drawn = [
+        balance(rng.multinomial(num_pairs, [1 / num_replicas] * num_replicas).astype(float))
+        for _ in range(500)
+    ]
+    limit = balance_by_chance(num_pairs, num_replicas)
+    assert np.mean(np.array(drawn) < limit) <= 0.06
+    assert min(drawn) <= limit + 0.5 * (1 - limit)  # nor is it far from them
+
+
+def test_one_replica_is_always_balanced() -> None:
+    assert balance_by_chance(10, 1) == 1
+    assert plan_placement([3, 1], replicas_of([[0, 1]], slots=2), SETTINGS).num_loads == 0
 
 
 def test_a_hot_expert_is_copied_to_where_there_is_least_to_do() -> None:

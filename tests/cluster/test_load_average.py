@@ -21,6 +21,15 @@ def test_what_is_a_half_life_old_counts_half() -> None:
     np.testing.assert_allclose(average.per_second, [50])
 
 
+def test_the_total_says_how_much_the_average_rests_on() -> None:
+    average = LoadAverage(2, half_life_seconds=10)
+    assert average.total == 0
+    average.add([30, 10], 1)
+    assert average.total == 40
+    average.add([0, 0], 10)
+    assert average.total == 20
+
+
 @pytest.mark.parametrize("seconds", [0.0, -1.0])
 def test_time_moves_on(seconds: float) -> None:
     with pytest.raises(ValueError, match=f"seconds {seconds} must be above 0"):

@@ -26,6 +26,12 @@ def test_zipf_load_is_even_again_within_a_minute_of_each_drift(topk: int, seed: 
         assert drift.best_found <= drift.bound
 
 
+def test_experts_stay_when_few_rows_say_little_about_them() -> None:
+    scenario = replace(SCENARIO, num_drifts=1, drift_every_seconds=200, rows_per_second=300)
+    simulation = simulate_drift(scenario, seed=0)
+    assert simulation.drifts[0].num_loads <= 100  # a balanced placement is about 50 away
+
+
 def test_what_is_measured_follows_from_the_seed() -> None:
     short = Scenario(num_experts=32, num_replicas=4, num_drifts=2, drift_every_seconds=15)
     assert simulate_drift(short, seed=3) == simulate_drift(short, seed=3)
