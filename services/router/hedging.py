@@ -99,13 +99,9 @@ class Slowness:
             self._ratio.observe(min(seconds / typical_seconds, MAX_SLOWNESS))
 
 
-def slow_factors(slowness: Mapping[str, float]) -> dict[str, float]:
-    """How many pairs of the fastest replica one of each counts; 1 where that is noise."""
-    fastest = min(slowness.values(), default=1.0)
-    return {
-        address: each / fastest if each >= SLOW_FACTOR * fastest else 1.0
-        for address, each in slowness.items()
-    }
+def slow_factor(slowness: float, fastest: float) -> float:
+    """How many pairs of the fastest replica one of this one counts; 1 where that is noise."""
+    return slowness / fastest if slowness >= SLOW_FACTOR * fastest else 1.0
 
 
 class HedgeBudget:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from services.router.hedging import AnswerTimes, slow_factors
+from services.router.hedging import AnswerTimes
 from services.router.replica_link import ReplicaLink
 from services.router.routing import ExpertGroup, Load, RoutingTable
 
@@ -42,21 +42,13 @@ class Replicas:
     def link(self, address: str) -> ReplicaLink:
         return self._links[address]
 
-    def loads(self, num_pairs: int, tried: frozenset[object]) -> dict[str, Load]:
-        """Of the replicas that may be used for `num_pairs` more that were not on these streams."""
+    def loads(self, tried: frozenset[object]) -> dict[str, Load]:
+        """Of the replicas that may be used for pairs that were not on these streams."""
         now = asyncio.get_running_loop().time()
-        usable = [
-            link for link in self._links.values() if link.connected and link.stream not in tried
-        ]
-        factors = slow_factors({link.address: link.slowness for link in usable})
         return {
-            link.address: Load(
-                is_suspect=link.is_suspect(now),
-                expected_pairs=(link.outstanding_pairs + num_pairs) * factors[link.address],
-                total_pairs=link.pairs,
-                slow_factor=factors[link.address],
-            )
-            for link in usable
+            address: Load(link.outstanding_pairs, link.pairs, link.slowness, link.is_suspect(now))
+            for address, link in self._links.items()
+            if link.connected and link.stream not in tried
         }
 
     def reconsider(self) -> None:

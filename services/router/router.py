@@ -23,7 +23,7 @@ from services.router.hedging import HEDGE_FLOOR_SECONDS, LOST_MULTIPLE, HedgeBud
 from services.router.pairs import added_in_order, gather
 from services.router.replica_link import ReplicaLink, ReplicaUnusable
 from services.router.replicas import Replicas
-from services.router.routing import ExpertGroup, Load, RoutingTable
+from services.router.routing import Load, RoutingTable, Share, Split
 from services.wire import LayerRows, MalformedCall, Words, first_outside
 
 log = logging.getLogger(__name__)
@@ -141,24 +141,25 @@ class Router:
     ) -> None:
         if crossing not in self._under_way:
             return  # it ended while its other pairs were sent
-        loads = self._replicas.loads(len(positions), tried)
-        shares, stranded = self._split(crossing, positions, loads)
-        for replica, share in shares:
+        loads = self._replicas.loads(tried)
+        split = self._split(crossing, positions, loads)
+        for replica, share in split.shares:
             self._submit(crossing, replica, share, tried, Purpose.ANSWER)
             self._budget.earn()
-        if not tried:
-            self._probe(crossing, positions, loads)
-        for group, share in stranded:
+        for replica in split.slow:
+            self._probe(crossing, positions, {replica: loads[replica]})
+        for group, share in split.stranded:
             self._strand(crossing, Stranded(group, share, tried, reason))
 
     def _split(
         self, crossing: Crossing, positions: NDArray[np.intp], loads: Mapping[str, Load]
-    ) -> tuple[list[tuple[str, NDArray[np.intp]]], list[tuple[ExpertGroup, NDArray[np.intp]]]]:
+    ) -> Split:
         """The table's split, in positions of the crossing."""
         split = self.table.split(crossing.call.expert_ids.reshape(-1)[positions], loads)
-        return (
-            [(replica, positions[chosen]) for replica, chosen in split.shares],
+        return Split(
+            [Share(replica, positions[chosen]) for replica, chosen in split.shares],
             [(group, positions[chosen]) for group, chosen in split.stranded],
+            split.slow,
         )
 
     def _submit(
@@ -215,27 +216,23 @@ class Router:
         alone = crossing.uncovered(part.positions, now)
         loads = {
             address: load
-            for address, load in self._replicas.loads(len(alone), part.tried).items()
+            for address, load in self._replicas.loads(part.tried).items()
             if not load.is_suspect
         }
-        shares, _ = self._split(crossing, alone, loads)
-        for replica, positions in shares:
+        for replica, positions in self._split(crossing, alone, loads).shares:
             if self._budget.spend() or is_lost:
                 self._submit(crossing, replica, positions, part.tried, Purpose.HEDGE)
                 self.counters.hedged_parts += 1
 
     def _probe(
-        self, crossing: Crossing, positions: NDArray[np.intp], loads: Mapping[str, Load]
+        self, crossing: Crossing, positions: NDArray[np.intp], slow: Mapping[str, Load]
     ) -> None:
         """Slow replicas are chosen by nobody: a copy now and then shows whether they still are."""
         now = asyncio.get_running_loop().time()
-        for address, load in loads.items():
-            if load.slow_factor > 1 and self._replicas.link(address).may_be_probed(now):
-                shares, _ = self._split(crossing, positions, {address: load})
-                for replica, share in shares:
-                    if self._budget.spend():
-                        self._submit(crossing, replica, share, frozenset(), Purpose.PROBE)
-                        self.counters.probe_parts += 1
+        for replica, share in self._split(crossing, positions, slow).shares:
+            if self._replicas.link(replica).may_be_probed(now) and self._budget.spend():
+                self._submit(crossing, replica, share, frozenset(), Purpose.PROBE)
+                self.counters.probe_parts += 1
 
     def _strand(self, crossing: Crossing, stranded: Stranded) -> None:
         """They go out again when a link opens or a new table is used, or fail when one crossing

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from services.router.hedging import slow_factor
+
 
 class Load(NamedTuple):
-    """What is compared to choose a replica: the least is taken."""
+    """What is compared to choose a replica."""
 
-    is_suspect: bool  # it owes an answer that should have been there: only if there is no other
-    expected_pairs: float  # what it would owe then, in pairs of the fastest replica
-    total_pairs: int  # that it was ever given
-    slow_factor: float = 1.0  # how many of the fastest replica's pairs one of its pairs counts
+    outstanding_pairs: int  # what it still owes
+    total_pairs: int  # what it was ever given
+    slowness: float = 1.0  # how long it takes, 1 being typical
+    is_suspect: bool = False  # it should have answered by now: only if there is no other
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +44,13 @@ class Share(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Every pair that was split is in exactly one of them."""
+    """Every pair that was split is in exactly one share, or stranded."""
 
     shares: list[Share]
     # The pairs of groups of which no replica may be used now.
     stranded: list[tuple[ExpertGroup, NDArray[np.intp]]]
+    # Replicas that are slow beside others of their group, whether or not they were chosen.
+    slow: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,11 +86,13 @@ class RoutingTable:
     def split(self, expert_ids: NDArray[np.int32], loads: Mapping[str, Load]) -> Split:
         """Which replica gets which of the pairs `expert_ids` [P].
 
-        `loads` names the replicas that may be used. Every group with pairs takes its least loaded
-        replica; groups that take the same one share a message.
+        `loads` names the replicas that may be used. Every group with pairs takes the replica that
+        is through with them first; groups that take the same one share a message.
         """
         group_of_pair = self.group_of_expert[expert_ids]  # [P]
-        wanted = np.flatnonzero(np.bincount(group_of_pair, minlength=len(self.groups)))
+        pairs_of_group = np.bincount(group_of_pair, minlength=len(self.groups))
+        wanted = np.flatnonzero(pairs_of_group)
+        slow: set[str] = set()
         chosen: dict[str, int] = {}  # replica -> share
         stranded: list[tuple[ExpertGroup, NDArray[np.intp]]] = []
         share_of_group = np.zeros(len(self.groups), dtype=np.intp)
@@ -93,19 +100,36 @@ class RoutingTable:
             group = self.groups[group_id]
             usable = [replica for replica in group.replicas if replica in loads]
             if usable:
-                replica = min(usable, key=lambda address: loads[address])
+                factors = _slow_factors(usable, loads)
+                slow.update(address for address, factor in factors.items() if factor > 1)
+                num_pairs = int(pairs_of_group[group_id])
+                replica = min(usable, key=partial(_cost, loads, factors, num_pairs))
                 share_of_group[group_id] = chosen.setdefault(replica, len(chosen))
             else:
                 share_of_group[group_id] = -1
                 stranded.append((group, np.flatnonzero(group_of_pair == group_id)))
         if len(chosen) == 1 and not stranded:
-            return Split([Share(replica, np.arange(len(expert_ids))) for replica in chosen], [])
+            (replica,) = chosen
+            return Split([Share(replica, np.arange(len(expert_ids)))], [], frozenset(slow))
         share_of_pair = share_of_group[group_of_pair]  # [P]
         shares = [
             Share(replica, np.flatnonzero(share_of_pair == share))
             for replica, share in chosen.items()
         ]
-        return Split(shares, stranded)
+        return Split(shares, stranded, frozenset(slow))
+
+
+def _slow_factors(replicas: Sequence[str], loads: Mapping[str, Load]) -> dict[str, float]:
+    fastest = min(loads[address].slowness for address in replicas)
+    return {address: slow_factor(loads[address].slowness, fastest) for address in replicas}
+
+
+def _cost(
+    loads: Mapping[str, Load], factors: Mapping[str, float], num_pairs: int, replica: str
+) -> tuple[bool, float, int]:
+    load = loads[replica]
+    owed_then = (load.outstanding_pairs + num_pairs) * factors[replica]
+    return load.is_suspect, owed_then, load.total_pairs
 
 
 def _ranges(ids: Sequence[int]) -> str:

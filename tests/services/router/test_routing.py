@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from services.router.routing import Load, RoutingTable
 
-IDLE = Load(False, 0, 0)
+IDLE = Load(0, 0)
 
 
 def _loads(*addresses: str, **busy: Load) -> dict[str, Load]:
@@ -27,9 +27,7 @@ def test_experts_with_the_same_replicas_form_a_group() -> None:
 
 def test_each_group_takes_its_least_loaded_replica() -> None:
     table = RoutingTable.of(1, [["a", "b"], ["c", "d"]])
-    shares = table.split(
-        _ids(0, 1, 0), _loads("b", "c", a=Load(False, 5, 0), d=Load(False, 1, 0))
-    ).shares
+    shares = table.split(_ids(0, 1, 0), _loads("b", "c", a=Load(5, 0), d=Load(1, 0))).shares
     assert [(share.replica, share.positions.tolist()) for share in shares] == [
         ("b", [0, 2]),
         ("c", [1]),
@@ -38,26 +36,53 @@ def test_each_group_takes_its_least_loaded_replica() -> None:
 
 def test_equal_debts_go_to_the_replica_that_has_had_less() -> None:
     table = RoutingTable.of(1, [["a", "b"]])
-    loads = {"a": Load(False, 0, 100), "b": Load(False, 0, 90)}
+    loads = {"a": Load(0, 100), "b": Load(0, 90)}
     assert [share.replica for share in table.split(_ids(0), loads).shares] == ["b"]
+
+
+def test_a_slow_replica_takes_what_it_is_through_with_first() -> None:
+    table = RoutingTable.of(1, [["slow", "fast"]])
+
+    def chosen(num_pairs: int, fast_owes: int) -> str:
+        loads = {"slow": Load(0, 0, slowness=8.0), "fast": Load(fast_owes, 99, slowness=2.0)}
+        shares, _, slow = table.split(_ids(*[0] * num_pairs), loads)
+        assert slow == {"slow"}
+        return shares[0].replica
+
+    assert [chosen(1, owes) for owes in (0, 2, 3, 4)] == ["fast", "fast", "slow", "slow"]
+    assert chosen(10, 4) == "fast"
+
+
+def test_a_replica_is_slow_only_beside_others_of_its_group() -> None:
+    table = RoutingTable.of(1, [["a", "b"], ["c", "d"]])
+    loads = {
+        name: Load(0, 0, slowness) for name, slowness in zip("abcd", (1, 2, 9, 8), strict=True)
+    }
+    shares, _, slow = table.split(_ids(0, 1), loads)
+    assert [share.replica for share in shares] == ["a", "c"]
+    assert slow == set()
+
+
+def test_a_suspect_is_taken_only_where_there_is_no_other() -> None:
+    table = RoutingTable.of(1, [["a", "b"], ["a"]])
+    loads = {"a": Load(0, 0, is_suspect=True), "b": Load(99, 99, slowness=16.0)}
+    assert [share.replica for share in table.split(_ids(0, 1), loads).shares] == ["b", "a"]
 
 
 def test_groups_that_take_the_same_replica_share_a_message() -> None:
     table = RoutingTable.of(1, [["a", "b"], ["a"]])
-    shares = table.split(_ids(1, 0), _loads("a", b=Load(False, 9, 9))).shares
+    shares = table.split(_ids(1, 0), _loads("a", b=Load(9, 9))).shares
     assert [(share.replica, share.positions.tolist()) for share in shares] == [("a", [0, 1])]
 
 
 def test_a_replica_that_may_not_be_used_is_passed_over() -> None:
     table = RoutingTable.of(1, [["a", "b"]])
-    assert [share.replica for share in table.split(_ids(0), {"b": Load(False, 99, 99)}).shares] == [
-        "b"
-    ]
+    assert [share.replica for share in table.split(_ids(0), {"b": Load(99, 99)}).shares] == ["b"]
 
 
 def test_pairs_without_a_usable_replica_are_named_by_group_and_the_others_go() -> None:
     table = RoutingTable.of(1, [["a"], ["b"], ["b"], [], ["b"]])
-    shares, stranded = table.split(_ids(1, 0, 4, 0, 3), _loads("a"))
+    shares, stranded, _ = table.split(_ids(1, 0, 4, 0, 3), _loads("a"))
     assert [(share.replica, share.positions.tolist()) for share in shares] == [("a", [1, 3])]
     assert [(str(group), positions.tolist()) for group, positions in stranded] == [
         ("group of experts 1-2,4 on b", [0, 2]),
@@ -81,7 +106,7 @@ def test_every_pair_goes_to_exactly_one_usable_replica_of_its_expert_or_is_stran
     table = RoutingTable.of(1, [sorted(replicas) for replicas in replicas_of_expert])
     expert = st.integers(0, len(replicas_of_expert) - 1)
     ids = np.array(data.draw(st.lists(expert, min_size=1, max_size=40)), dtype=np.int32)
-    shares, stranded = table.split(ids, _loads(*usable))
+    shares, stranded, _ = table.split(ids, _loads(*usable))
     assert len({share.replica for share in shares}) == len(shares)
     parts = [*(share.positions for share in shares), *(positions for _, positions in stranded)]
     assert sorted(p for positions in parts for p in positions.tolist()) == list(range(len(ids)))
