@@ -1,5 +1,5 @@
-"""A router in a process of its own, for tests that kill it: ADDRESS REPLICA..., each of which holds
-every expert."""
+"""A router in a process of its own, for tests that kill it: ADDRESS NUM_EXPERTS REPLICA..., each of
+which holds every expert. Imports no torch, so that it is there soon."""
 
 import asyncio
 import os
@@ -13,7 +13,6 @@ from services import rpc
 from services.router.router import Router
 from services.router.routing import RoutingTable
 from services.router.server import router_service
-from tests.services.expert_banks import NUM_EXPERTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,8 +20,9 @@ ROOT = Path(__file__).parents[2]
 class RouterProcess:
     """Started, killed and started again at the same address."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, num_experts: int) -> None:
         self.address = address
+        self._num_experts = num_experts
         self._process: subprocess.Popen[str] | None = None
 
     async def start(self, *replicas: str) -> None:
@@ -32,7 +32,10 @@ class RouterProcess:
     def _start(self, replicas: Sequence[str]) -> None:
         assert self._process is None
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.services.router_process", self.address, *replicas],
+            [
+                *(sys.executable, "-m", "tests.services.router_process"),
+                *(self.address, str(self._num_experts), *replicas),
+            ],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
@@ -54,9 +57,9 @@ class RouterProcess:
 
 
 async def main() -> None:
-    address, *replicas = sys.argv[1:]
+    address, num_experts, *replicas = sys.argv[1:]
     router = Router("router-process")
-    assert await router.update(RoutingTable.of(1, [replicas] * NUM_EXPERTS)) == ()
+    assert await router.update(RoutingTable.of(1, [replicas] * int(num_experts))) == ()
     server = await rpc.start_server([router_service(router)], address)
     print(server.address, flush=True)
     await server.wait_until_stopped()

@@ -22,7 +22,7 @@ from tests.services.dispatch_plane import (
     table_of,
     until,
 )
-from tests.services.expert_banks import random_call
+from tests.services.expert_banks import NUM_EXPERTS, random_call
 from tests.services.router_process import RouterProcess
 
 
@@ -173,7 +173,7 @@ async def test_a_worker_that_leaves_without_a_word_has_its_crossings_dropped(
 
 @pytest.fixture
 def router_process(tmp_path: Path) -> Iterator[RouterProcess]:
-    process = RouterProcess(f"unix:{tmp_path}/router-process.sock")
+    process = RouterProcess(f"unix:{tmp_path}/router-process.sock", NUM_EXPERTS)
     yield process
     process.kill()
 
