@@ -9,8 +9,11 @@ import asyncio
 import logging
 import os
 import sys
+import threading
 from collections.abc import Awaitable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -44,6 +47,8 @@ log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
+# Of a process that loads beside those who serve: it gets a tenth of a contended core.
+GENTLE_NICENESS = 10
 # Between two questions to a process that Ray cannot reach and does not know to be dead.
 CUT_OFF_RETRY_SECONDS = 0.5
 
@@ -145,8 +150,8 @@ class RemoteActor:
     async def placed(self) -> Process:
         return await _answer(self._name, self._handle.process.remote())
 
-    async def load(self) -> None:
-        await _answer(self._name, self._handle.load.remote())
+    async def load(self, *, gently: bool) -> None:
+        await _answer(self._name, self._handle.load.remote(gently))
 
     async def serve(self, peers: Peers) -> Listening:
         return await _answer(self._name, self._handle.serve.remote(peers))
@@ -192,11 +197,17 @@ class RoleProcess:
     async def process(self) -> Process:
         return _own_process()
 
-    async def load(self) -> None:
-        with _one_line_failures(self._spec.name):
-            self._serve = load_role(
-                self._spec, self._settings, place=self._place, supervisor=self._supervisor
-            )
+    async def load(self, gently: bool) -> None:
+        load = partial(
+            load_role, self._spec, self._settings, place=self._place, supervisor=self._supervisor
+        )
+        # A thread of its own, since its priority cannot be raised again.
+        initializer = _let_others_go_first if gently else None
+        with (
+            _one_line_failures(self._spec.name),
+            ThreadPoolExecutor(1, initializer=initializer) as thread,
+        ):
+            self._serve = await asyncio.get_running_loop().run_in_executor(thread, load)
 
     async def serve(self, peers: Peers) -> Listening:
         assert self._serve is not None, "load comes first"
@@ -219,6 +230,13 @@ class RoleProcess:
     async def stop(self, grace_seconds: float) -> None:
         if self._serving:
             await self._serving.stop(grace_seconds)
+
+
+def _let_others_go_first() -> None:
+    """Of this thread alone: on Linux each has its own niceness. Importing torch takes a core for
+    seconds, and those who serve need that core for each token."""
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(nice + GENTLE_NICENESS, 19))
 
 
 def _own_process() -> Process:

@@ -166,7 +166,7 @@ class Changes:
         log.info("scaling_up names=%s", ",".join(names))
         roster.add(new)
         try:
-            await roster.bring_up(new, self._start_timeout_seconds)
+            await roster.bring_up(new, self._start_timeout_seconds, gently=True)
         except DeploymentError as error:
             serving = [name for name in names if roster.state(name) is MemberState.READY]
             await together(roster.stop(name, 0.0) for name in serving)

@@ -99,8 +99,9 @@ class Actor(Protocol):
         """Wait until there is a process, which takes a node with room for it."""
         ...
 
-    async def load(self) -> None:
-        """Import and read what the role needs; the slow part, which needs no peer."""
+    async def load(self, *, gently: bool) -> None:
+        """Import and read what the role needs; the slow part, which needs no peer. Gently: whoever
+        serves on this machine already comes first."""
         ...
 
     async def serve(self, peers: Peers) -> Listening: ...

@@ -93,13 +93,15 @@ class Roster:
         for name in self._actors:
             self.lose(name)
 
-    async def bring_up(self, specs: Sequence[ActorSpec], timeout_seconds: float) -> None:
+    async def bring_up(
+        self, specs: Sequence[ActorSpec], timeout_seconds: float, *, gently: bool = False
+    ) -> None:
         """Load them all at once, then let them listen in order; those of one role become known to
         others together. Raises `DeploymentError`."""
         names = [spec.name for spec in specs]
         try:
             async with asyncio.timeout(timeout_seconds):
-                await together(self.load(name) for name in names)
+                await together(self.load(name, gently=gently) for name in names)
                 for role in START_ORDER:
                     await self._serve_all([spec.name for spec in specs if spec.role is role])
                     if role is Role.KVSTORE:
@@ -112,11 +114,11 @@ class Roster:
                 words += f"; for {', '.join(nowhere)} there is no process: no node has room for it"
             raise DeploymentError(words) from None
 
-    async def load(self, name: str) -> None:
+    async def load(self, name: str, *, gently: bool = False) -> None:
         actor = self._actors[name]
         process = await actor.placed()
         self._put(replace(self._members[name], process=process))
-        await actor.load()
+        await actor.load(gently=gently)
 
     async def serve(self, name: str) -> None:
         """It listens then, and nobody knows of it before it is admitted."""

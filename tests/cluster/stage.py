@@ -51,6 +51,7 @@ class Stage:
     never_serves: str = ""
     never_stops: str = ""
     refuses_updates: str = ""
+    gentle: dict[str, bool] = field(default_factory=dict)  # how each was told to load
     busy: set[str] = field(default_factory=set)
     rooms_now: tuple[Room, ...] = (Room(), Room())
     rooms_later: tuple[Room, ...] | None = None  # once somebody has waited for slots
@@ -137,8 +138,9 @@ class StagedActor:
         self._live()
         return Process(100 + self.number, f"node-{self.spec.node}")
 
-    async def load(self) -> None:
+    async def load(self, *, gently: bool) -> None:
         self._live()
+        self.stage.gentle[self.name] = gently
         if self.name == self.stage.fails_to_load:
             self.stage.note(f"fail {self.name}")
             raise DeploymentError(f"{self.name}: no such file")

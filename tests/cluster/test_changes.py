@@ -54,6 +54,17 @@ async def test_routers_forget_a_replica_before_it_drains_and_it_drains_before_it
         assert names == set(EVERYBODY) - {"expert-1-1"}
 
 
+async def test_whoever_is_added_loads_behind_those_who_serve() -> None:
+    stage = Stage()
+    async with stage.started() as supervisor:
+        assert set(stage.gentle.values()) == {False}
+        await supervisor.changes.scale_experts(3, group=0)
+        stage.kill("expert-1-0")
+        await stage.until("serve expert-1-0")
+        assert stage.gentle["expert-0-2"]
+        assert not stage.gentle["expert-1-0"]  # somebody may wait for it
+
+
 async def test_one_group_alone_is_scaled() -> None:
     stage = Stage()
     async with stage.started() as supervisor:

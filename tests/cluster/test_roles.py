@@ -43,7 +43,7 @@ class RoleHere:
     async def placed(self) -> Process:
         return Process(os.getpid(), "here")
 
-    async def load(self) -> None:
+    async def load(self, *, gently: bool = False) -> None:
         self._serve = load_role(self._spec, self._settings, place=self._place, supervisor=Nobody())
 
     async def serve(self, peers: Peers) -> Listening:
