@@ -6,8 +6,9 @@ and position alone, and a token not on how its prompt was cut into steps, so it 
 Knows neither clients nor text nor sessions.
 
 A request waits while nobody takes it, within `patience_s`. It is never lost to a queue that is full
-once a worker had it, and goes on at most `MAX_LOSSES` times without a token in between: one that
-ends whoever computes it must not end all workers, one after the other.
+once a worker had it. One that ends whoever computes it must not end all workers for ever: without a
+token in between it goes on `MAX_LOSSES` times, and as often as it is lost within `patience_s`, for
+it may have stood in their queues only.
 """
 
 import asyncio
@@ -91,7 +92,9 @@ class Continuation:
         self._kv: KvUsage | None = None
         self._kv_root: bytes | None = None  # None: no worker has queued it yet
         self._had_it: set[WorkerAddress] = set()
-        self._num_losses = 0  # in a row: queued, and lost before a token came
+        # In a row: queued, and lost before a token came.
+        self._num_losses = 0
+        self._first_loss_s = 0.0
         # While no worker has it: why the last one does not, and how long to look for the next.
         self._why: ServiceError | None = None
         self._give_up_at_s: float | None = None
@@ -190,6 +193,7 @@ class Continuation:
     async def _lost(self, watched: WatchedWorker, error: ServiceError) -> None:
         """Raises the error if the request ends with it."""
         worker, was_queued = watched.worker, self._give_up_at_s is None
+        now_s = asyncio.get_running_loop().time()
         if isinstance(error, Unavailable):
             watched.failed()
         elif self._kv_root is None:
@@ -206,12 +210,15 @@ class Continuation:
                 error,
             )
             self._num_losses += 1
-            if self._num_losses == MAX_LOSSES:
+            if self._num_losses == 1:
+                self._first_loss_s = now_s
+            if self._num_losses >= MAX_LOSSES and now_s - self._first_loss_s >= self._patience_s:
                 raise WorkerUnavailable(
-                    f"{error}; {MAX_LOSSES} workers in a row were lost before they gave a token"
+                    f"{error}; {self._num_losses} workers in a row were lost before they gave a "
+                    f"token, within {now_s - self._first_loss_s:.1f} s"
                 ) from error
         self._why = error
-        self._ask_again_s[worker.row] = asyncio.get_running_loop().time() + self._pause_s
+        self._ask_again_s[worker.row] = now_s + self._pause_s
         self._pause_s = min(2 * self._pause_s, LAST_PAUSE_SECONDS)
 
     def _nobody(self) -> ServiceError:

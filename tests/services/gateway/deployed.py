@@ -66,9 +66,13 @@ class StagedOperations:
         return Change(4, ("expert-0-1",), ("expert-1-1",))
 
 
-async def open_worker(name: str, pool: KVPool, store_address: str) -> AttentionWorker:
+LIMITS = SchedulerLimits(max_batch_tokens=32, max_sequences=4, max_waiting=8)
+
+
+async def open_worker(
+    name: str, pool: KVPool, store_address: str, limits: SchedulerLimits = LIMITS
+) -> AttentionWorker:
     model = tiny_model.model()
-    limits = SchedulerLimits(max_batch_tokens=32, max_sequences=4, max_waiting=8)
     config = AttentionWorkerConfig(
         name=name, engine=EngineConfig(limits=limits), kv_store_address=store_address
     )

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import torch
 
-from services.attention.server import AttentionWorker
+from services.attention.scheduler import SchedulerLimits
 from services.gateway.worker import WorkerAddress
 from tests.services import tiny_model
 from tests.services.gateway.deployed import open_worker
 
+# Room for all streams of a test at one worker.
+LIMITS = SchedulerLimits(max_batch_tokens=64, max_sequences=8, max_waiting=8)
 # What a worker does with its loop while it computes one long step: nothing else.
 LONG_STEP_SECONDS = 2.0
 LONG_STEP = signal.SIGUSR1
@@ -77,7 +79,7 @@ def _fork(name: str) -> int:
 
 
 async def _serve(name: str) -> None:
-    worker: AttentionWorker = await open_worker(name, tiny_model.pool(), store_address="")
+    worker = await open_worker(name, tiny_model.pool(), store_address="", limits=LIMITS)
     print(os.getpid(), worker.address, flush=True)
     await asyncio.Event().wait()
 
