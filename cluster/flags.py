@@ -146,6 +146,10 @@ def seconds(text: str) -> float:
     return factor * _number(number, float, wanted, lambda value: 0 < value < math.inf)
 
 
+def minutes(text: str) -> float:
+    return _number(text, float, "above 0", lambda value: 0 < value < math.inf)
+
+
 def num_bytes(text: str) -> int:
     """1048576, 512KiB, 64MiB, 2GiB."""
     number, factor = _unit(text, _BYTES_OF_UNIT)

@@ -61,6 +61,7 @@ def _exit_code(error: Exception) -> int | None:
         return EXIT_USAGE
     from cluster.bench_child import ChildFailed
     from cluster.bench_workload import SidesDiffer
+    from cluster.chaos.run import Noticed
     from cluster.client import RequestFailed, RequestRefused, Unreachable
     from cluster.kv import KvDamaged
     from cluster.members import DeploymentError
@@ -76,7 +77,7 @@ def _exit_code(error: Exception) -> int | None:
         return EXIT_USAGE
     expected = (
         *(ModelError, DeploymentError, AddressTaken, RayUnavailable, RequestFailed),
-        *(ChildFailed, SidesDiffer, KvDamaged, SessionFileError),
+        *(ChildFailed, SidesDiffer, KvDamaged, SessionFileError, Noticed),
     )
     return EXIT_FAILED if isinstance(error, expected) else None
 
@@ -84,8 +85,8 @@ def _exit_code(error: Exception) -> int | None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="model1",
-        description="Serve DeepSeek-V4-architecture models on Ray, over gRPC.",
-        epilog="Exit codes: 0 ok, 1 failed, 2 usage, 3 unreachable.",
+        description="Serve DeepSeek-V4-architecture models on Ray, over gRPC. "
+        "Exit codes: 0 ok, 1 failed, 2 usage, 3 unreachable.",
     )
     version = importlib.metadata.version("model1")
     parser.add_argument("--version", action="version", version=f"model1 {version}")

@@ -5,6 +5,7 @@ A verb's work is another module's, imported when it is asked for.
 
 import argparse
 import asyncio
+import secrets
 import sys
 from pathlib import Path
 
@@ -19,8 +20,11 @@ from cluster.flags import (
     add_salt_flag,
     add_sampling_flags,
     endpoint_of,
+    minutes,
     natural,
     positive,
+    seconds,
+    seed,
     settings_of,
     text,
     token_ids,
@@ -209,7 +213,56 @@ def _bench(parsed: Arguments) -> None:
         model1.bench.run(parsed.steps, wants_json(parsed), long_context=not parsed.quick)
 
 
+def _chaos_arguments(parser: argparse.ArgumentParser) -> None:
+    from cluster.chaos.plan import Fault
+
+    what = parser.add_subparsers(dest="what", required=True, metavar="run")
+    words = "a deployment here, known questions, random faults, every token compared"
+    run = what.add_parser("run", help=words, description=words)
+    run.add_argument("--minutes", type=minutes, default=10.0, metavar="M")
+    run.add_argument("--max-faults", type=positive, metavar="N", help="end after so many")
+    run.add_argument("--pause", type=seconds, default=2.0, metavar="T", help="at most, in between")
+    run.add_argument("--streams", type=positive, default=16, metavar="N", help="at the same time")
+    run.add_argument("--seed", type=seed, metavar="S", help="of questions and faults")
+    run.add_argument(
+        "--only",
+        action="append",
+        choices=[fault.value for fault in Fault],
+        help="this fault; may be given again",
+    )
+    add_deployment_flags(run)
+    add_format_flag(run)
+
+
+def _chaos(parsed: Arguments) -> None:
+    from cluster.chaos.plan import Fault, Plan
+    from cluster.chaos.run import chaos_run
+
+    # Of everything that is killed there is another one, and any free port is good.
+    defaults: dict[str, object] = {
+        "gateway.port": 0,
+        "topology.attention_workers": 2,
+        "topology.expert_groups": 2,
+        "topology.expert_replicas": 2,
+    }
+    settings = settings_of(parsed, defaults=defaults)
+    has_redis = settings.kv.enabled and settings.kv.redis == "embedded"
+    if Fault.KILL_REDIS in (parsed.only or ()) and not has_redis:
+        raise SettingsError(f"--only {Fault.KILL_REDIS}: the deployment has no Redis of its own")
+    possible = [fault for fault in Fault if has_redis or fault is not Fault.KILL_REDIS]
+    plan = Plan(
+        seconds=parsed.minutes * 60,
+        max_faults=parsed.max_faults,
+        faults=[Fault(each) for each in parsed.only or possible],
+        streams=parsed.streams,
+        pause_seconds=parsed.pause,
+        seed=secrets.randbits(32) if parsed.seed is None else parsed.seed,
+    )
+    chaos_run(settings, plan, as_json=wants_json(parsed))
+
+
 VERBS = {
+    "chaos": Verb("do harm to a deployment under load, and see", _chaos_arguments, _chaos),
     "demo": Verb("run a whole deployment here, ask it one thing, stop", _demo_arguments, _demo),
     "serve": Verb("run a deployment until SIGTERM", _serve_arguments, _serve),
     "generate": Verb("answer one prompt", _generate_arguments, _generate),

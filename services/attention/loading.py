@@ -11,6 +11,7 @@ from model1.checkpoint import load_config, load_experts, load_trunk
 from model1.kv_capacity import PoolCapacity
 from model1.kv_layout import KVFormat
 from model1.kv_pool import KVPool
+from model1.model import Model
 from model1.modules import packed
 from model1.trunk import Trunk
 from services.attention.engine import Engine, EngineConfig
@@ -71,3 +72,8 @@ def load_local_engine(
     every_expert = range(trunk.config.n_routed_experts)
     bank = packed(load_experts(directory, every_expert, _DTYPES[dtype], device))
     return Engine(trunk, pool, LocalExperts(bank), config)
+
+
+def load_model(directory: Path, *, dtype: str) -> Model:
+    """Everything in one, as the oracle of a deployment."""
+    return Model.from_checkpoint(directory, _DTYPES[dtype])
