@@ -42,6 +42,8 @@ from cluster.topology import ActorSpec, Topology
 from model1.errors import ModelError
 from services.errors import ServiceError
 from services.rpc import AddressUnavailable
+from services.tls import TlsUnusable
+from services.tokens import TokensUnusable
 
 log = logging.getLogger(__name__)
 
@@ -264,7 +266,7 @@ def _one_line_failures(name: str) -> Iterator[None]:
         yield
     except DeploymentError:
         raise
-    except (ModelError, ServiceError, AddressUnavailable) as error:
+    except (ModelError, ServiceError, AddressUnavailable, TlsUnusable, TokensUnusable) as error:
         raise DeploymentError(f"{name}: {error}") from None
     except Exception as error:
         log.exception("role_failed name=%s", name)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
+from cluster.access import Access
 from cluster.client import (
     Question,
     RequestFailed,
@@ -23,7 +24,7 @@ from protos import sessions_pb2, sessions_pb2_grpc
 PROMPT = "> "
 
 
-def chat(endpoint: str, question: Question, *, as_json: bool) -> None:
+def chat(access: Access, question: Question, *, as_json: bool) -> None:
     """Ask every line of stdin as a turn of the question's session, of one of our own if it has
     none. At a terminal a turn that fails is told and the chat goes on, and Ctrl-C ends an answer;
     with a pipe the first failure ends the chat."""
@@ -35,7 +36,7 @@ def chat(endpoint: str, question: Question, *, as_json: bool) -> None:
         try:
             for line in _lines():
                 try:
-                    turn = _turn(endpoint, replace(question, prompt=line), as_json=as_json)
+                    turn = _turn(access, replace(question, prompt=line), as_json=as_json)
                     runner.run(turn)
                     num_turns += 1
                 except (RequestFailed, RequestRefused) as error:
@@ -48,11 +49,11 @@ def chat(endpoint: str, question: Question, *, as_json: bool) -> None:
                     print()
         finally:
             if is_ours and num_turns:
-                runner.run(_forget(endpoint, question))
+                runner.run(_forget(access, question))
 
 
-async def _turn(endpoint: str, question: Question, *, as_json: bool) -> None:
-    async with connected(endpoint) as client:
+async def _turn(access: Access, question: Question, *, as_json: bool) -> None:
+    async with connected(access) as client:
         answer = await collect(client.ask(question), echo=not as_json)
     if as_json:
         print(answer.as_json(), flush=True)
@@ -60,10 +61,10 @@ async def _turn(endpoint: str, question: Question, *, as_json: bool) -> None:
         print(end_line(answer.end), file=sys.stderr)
 
 
-async def _forget(endpoint: str, question: Question) -> None:
+async def _forget(access: Access, question: Question) -> None:
     name = sessions_pb2.SessionName(session_id=question.session_id, cache_salt=question.cache_salt)
-    async with connected(endpoint) as client:
-        with named_failures(endpoint):
+    async with connected(access) as client:
+        with named_failures(access.endpoint):
             stub = sessions_pb2_grpc.SessionsStub(client.channel)
             await stub.Delete(sessions_pb2.DeleteSessionRequest(name=name))
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
+from cluster.access import Access
 from protos import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from services import rpc
 from services.generation import KvUsage, kv_usage_from_wire
+from services.tokens import TokenChannel
 
 CONNECT_TIMEOUT_SECONDS = 3.0
 # Longer than a supervisor waits for a busy actor.
@@ -119,15 +121,19 @@ class Client:
 
 
 @asynccontextmanager
-async def connected(endpoint: str) -> AsyncIterator[Client]:
+async def connected(access: Access) -> AsyncIterator[Client]:
     """Raises `Unreachable` if no server answers within a few seconds."""
-    async with rpc.channel(endpoint) as channel:
+    async with rpc.channel(access.endpoint, access.tls) as channel:
+        if access.token is not None:
+            channel = TokenChannel(channel, access.token)
         if not await _connects(channel):
+            # With the wrong kind of connection, too, there is nobody.
+            how = "" if access.tls is None else " over TLS, as the settings say"
             raise Unreachable(
-                f"no gateway answers at {endpoint}; start one with `model1 serve`, or name "
-                "another with --endpoint HOST:PORT"
+                f"no gateway answers at {access.endpoint}{how}; start one with `model1 serve`, or "
+                "name another with --endpoint HOST:PORT"
             )
-        yield Client(channel, endpoint)
+        yield Client(channel, access.endpoint)
 
 
 async def _connects(channel: grpc.aio.Channel) -> bool:

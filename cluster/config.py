@@ -59,6 +59,26 @@ class ModelSettings(_Section):
     device: Literal["cpu", "cuda"] = "cpu"
 
 
+class TlsSettings(_Section):
+    """Of every process of the deployment, on each node; none: no TLS anywhere. Between the roles
+    both ends show their certificate."""
+
+    ca_file: AbsolutePath | None = Field(None, description="PEM: who signed the certificates")
+    cert_file: AbsolutePath | None = Field(None, description="PEM: what each process shows")
+    key_file: AbsolutePath | None = Field(None, description="PEM: its private key")
+    server_name: str = Field(
+        "model1", min_length=1, description="a DNS name that every certificate has"
+    )
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> Self:
+        files = {"ca_file": self.ca_file, "cert_file": self.cert_file, "key_file": self.key_file}
+        missing = [name for name, file in files.items() if file is None]
+        if missing and len(missing) < len(files):
+            raise ValueError(f"{' and '.join(missing)} must be set too, or none of the three files")
+        return self
+
+
 class TopologySettings(_Section):
     attention_workers: int = Field(1, ge=1, le=1024)
     expert_groups: int = Field(2, ge=1, le=1024)
@@ -72,6 +92,13 @@ class GatewaySettings(_Section):
     metrics_host: str = Field("127.0.0.1", min_length=1)
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="of /metrics over HTTP; none: off, 0: any free port"
+    )
+
+    require_client_certificate: bool = Field(
+        False, description="of clients too, signed by tls.ca_file"
+    )
+    tokens_file: AbsolutePath | None = Field(
+        None, description="bearer tokens that are accepted, one a line; none: nobody needs one"
     )
 
     default_max_tokens: int = Field(256, ge=1, description="of a request that names no maximum")
@@ -203,13 +230,57 @@ class ClusterSettings(_Section):
     )
 
 
+class ClientSettings(_Section):
+    """What the verbs that ask a gateway show to it, and whom they believe. Unset: as the sections
+    `tls` and `gateway` say."""
+
+    ca_file: AbsolutePath | None = Field(
+        None, description="PEM: who signed the gateway's certificate; then TLS is spoken"
+    )
+    cert_file: AbsolutePath | None = Field(None, description="PEM: a certificate to be shown")
+    key_file: AbsolutePath | None = Field(None, description="PEM: its private key")
+    server_name: str | None = Field(
+        None, min_length=1, description="in the gateway's certificate, instead of its host"
+    )
+    token: SecretStr | None = Field(None, description="from the environment only")
+    token_file: AbsolutePath | None = Field(None, description="whose first line it is, instead")
+
+    @model_validator(mode="after")
+    def _certificate_and_key_go_together(self) -> Self:
+        if (self.cert_file is None) != (self.key_file is None):
+            missing = "cert_file" if self.cert_file is None else "key_file"
+            raise ValueError(f"{missing} must be set too: a certificate is shown with its key")
+        if self.cert_file is not None and self.ca_file is None:
+            raise ValueError("ca_file must be set too: a certificate is shown over TLS alone")
+        return self
+
+
 class Settings(_Section):
     model: ModelSettings = ModelSettings()
+    tls: TlsSettings = TlsSettings()
     topology: TopologySettings = TopologySettings()
     gateway: GatewaySettings = GatewaySettings()
     attention: AttentionSettings = AttentionSettings()
     kv: KvSettings = KvSettings()
     cluster: ClusterSettings = ClusterSettings()
+    client: ClientSettings = ClientSettings()
+
+    @model_validator(mode="after")
+    def _nothing_goes_around_tls(self) -> Self:
+        if self.tls.ca_file is None:
+            if self.gateway.require_client_certificate:
+                raise ValueError(
+                    "gateway.require_client_certificate is of no use without tls.ca_file"
+                )
+        elif (
+            self.cluster.ray_address is not None and self.kv.enabled and self.kv.redis == "embedded"
+        ):
+            raise ValueError(
+                "with tls.ca_file and cluster.ray_address, kv.redis must not be embedded: its "
+                "traffic between nodes would be the only one without TLS; give a rediss:// URL, "
+                "or off"
+            )
+        return self
 
 
 def load_settings(
@@ -262,9 +333,11 @@ def known_keys() -> dict[str, str]:
 
 def _secret_keys() -> set[str]:
     """Those that only the environment may hold: files are copied around, flags are seen in `ps`."""
+    sections: dict[str, type[BaseModel]] = {"kv": KvSettings, "client": ClientSettings}
     return {
-        f"kv.{key}"
-        for key, field in KvSettings.model_fields.items()
+        f"{name}.{key}"
+        for name, section in sections.items()
+        for key, field in section.model_fields.items()
         if field.annotation == SecretStr | None
     }
 
@@ -327,6 +400,10 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     if first["type"] == "model_type":
         return f"{source}: '{key}' is a section of keys, got {first['input']!r}"
     if first["type"] == "value_error":  # of a section as a whole: the message has the numbers
-        return f"{source}: {key}: {first['msg'].removeprefix('Value error, ')}"
+        words = first["msg"].removeprefix("Value error, ")
+        if not key:  # of several sections: whichever source set a key that is named
+            named = (text for name, text in sources.items() if name in words)
+            return f"{next(named, source)}: {words}"
+        return f"{source}: {key}: {words}"
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"{source}: {key} = {first['input']!r} is not valid: {reason}"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from cluster.access import access
 from cluster.client import Client, End, Question, connected
 from cluster.config import Settings
 from cluster.deployment import Site, deployed, prepared
@@ -34,7 +35,7 @@ async def _demo(site: Site, prompt: str) -> tuple[int, ...]:
     print("starting the actors ...", flush=True)
     async with deployed(site) as deployment:
         print(f"gRPC at {deployment.endpoint}\n", flush=True)
-        async with connected(deployment.endpoint) as client:
+        async with connected(access(site.settings, deployment.endpoint)) as client:
             await _converse(client, prompt)
             topology = await client.topology()
         print(member_table(topology.members))

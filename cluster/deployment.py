@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.config import Settings
-from cluster.preflight import check_addresses, checked_model
+from cluster.preflight import check_addresses, check_secrets, checked_model
 from cluster.ray_session import Hosts, ray_session
 from cluster.topology import plan_topology
 
@@ -40,6 +40,8 @@ def prepared(settings: Settings) -> Iterator[Site]:
     topology = plan_topology(
         settings.topology, num_experts=num_experts, with_kv_stores=settings.kv.enabled
     )
+    if settings.cluster.ray_address is None:
+        check_secrets(settings)  # elsewhere each node has its own
     check_addresses(settings.gateway)
     supervisor_too = len(topology.actors) + 1
     with ray_session(settings.cluster, num_actors=supervisor_too) as hosts:

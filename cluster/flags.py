@@ -7,9 +7,12 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from cluster.config import Settings, load_settings
+
+if TYPE_CHECKING:
+    from cluster.access import Access
 
 Arguments = argparse.Namespace
 Value = TypeVar("Value", int, float)
@@ -82,8 +85,10 @@ def settings_of(parsed: Arguments, *, defaults: dict[str, object] | None = None)
     return load_settings(parsed.config, flags=flags, defaults=defaults)
 
 
-def endpoint_of(parsed: Arguments) -> str:
-    return str(parsed.endpoint or settings_of(parsed).gateway.endpoint)
+def access_of(parsed: Arguments) -> "Access":
+    from cluster.access import access  # imports gRPC
+
+    return access(settings_of(parsed), parsed.endpoint)
 
 
 def wants_json(parsed: Arguments) -> bool:

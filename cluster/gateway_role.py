@@ -6,7 +6,8 @@ import importlib.metadata
 from collections.abc import Awaitable
 
 from cluster import members
-from cluster.config import GatewaySettings, ModelSettings
+from cluster.access import accepted_tokens, process_tls
+from cluster.config import Settings
 from cluster.members import Listening, Peers, Snapshot
 from cluster.preflight import model_directory
 from cluster.roles import Serve, Serving, SupervisorLink
@@ -17,9 +18,7 @@ from services.gateway.operations import Change
 from services.gateway.topology import Member, Topology
 
 
-def load_gateway(
-    model: ModelSettings, settings: GatewaySettings, supervisor: SupervisorLink
-) -> Serve:
+def load_gateway(settings: Settings, supervisor: SupervisorLink) -> Serve:
     from services.gateway.counters import Outcome
     from services.gateway.server import GatewayConfig, GatewayServer
     from services.gateway.store import StoreAddress
@@ -30,16 +29,20 @@ def load_gateway(
         return _reported(await supervisor.snapshot())
 
     async def serve(peers: Peers) -> Serving:
+        gateway = settings.gateway
         config = GatewayConfig(
-            model_dir=model_directory(model),
+            model_dir=model_directory(settings.model),
             version=importlib.metadata.version("model1"),
-            address=peers.last_address or settings.endpoint,
-            default_max_tokens=settings.default_max_tokens,
-            max_active_requests=settings.max_active_requests,
-            continue_patience_seconds=settings.continue_patience_seconds,
-            silence=SilenceLimits(silent_seconds=settings.silent_worker_seconds),
-            metrics_host=settings.metrics_host,
-            metrics_port=settings.metrics_port,
+            address=peers.last_address or gateway.endpoint,
+            default_max_tokens=gateway.default_max_tokens,
+            max_active_requests=gateway.max_active_requests,
+            continue_patience_seconds=gateway.continue_patience_seconds,
+            silence=SilenceLimits(silent_seconds=gateway.silent_worker_seconds),
+            metrics_host=gateway.metrics_host,
+            metrics_port=gateway.metrics_port,
+            tls=process_tls(settings.tls),
+            require_client_certificate=gateway.require_client_certificate,
+            tokens=accepted_tokens(gateway),
         )
         server = await GatewayServer.open(config, topology, SupervisedOperations(supervisor))
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 
+from cluster.access import Access
 from cluster.client import End, Piece, Question, connected
 from cluster.config import Settings
 from cluster.local import ask_here
@@ -35,16 +36,16 @@ class Answer:
 
 
 async def generate(
-    settings: Settings, question: Question, *, endpoint: str | None, as_json: bool
+    settings: Settings, question: Question, *, at: Access | None, as_json: bool
 ) -> None:
     """Stream the text to stdout as it comes, or print one JSON object at the end.
 
-    No endpoint: in this process.
+    At none: in this process.
     """
-    if endpoint is None:
+    if at is None:
         answer = await collect(ask_here(settings, question), echo=not as_json)
     else:
-        async with connected(endpoint) as client:
+        async with connected(at) as client:
             answer = await collect(client.ask(question), echo=not as_json)
     end = answer.end
     if as_json:

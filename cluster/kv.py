@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from google.protobuf.message import Message
 
+from cluster.access import Access
 from cluster.client import RequestFailed, connected, named_failures
 from cluster.output import text_table
 from cluster.plain import as_json, enum_word
@@ -26,9 +27,9 @@ class KvDamaged(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvCommand:
-    """One question to the gateway at `endpoint`, printed as a table or as JSON."""
+    """One question to one gateway, printed as a table or as JSON."""
 
-    endpoint: str
+    access: Access
     as_json: bool
 
     async def stat(self) -> None:
@@ -85,8 +86,8 @@ class KvCommand:
 
     @asynccontextmanager
     async def _control(self) -> AsyncIterator[control_pb2_grpc.ControlStub]:
-        async with connected(self.endpoint) as client:
-            with named_failures(self.endpoint):
+        async with connected(self.access) as client:
+            with named_failures(self.access.endpoint):
                 yield control_pb2_grpc.ControlStub(client.channel)
 
     def _print(self, answer: Message, as_text: Callable[[], str]) -> None:

@@ -18,13 +18,14 @@ from cluster.runtime_dir import runtime_dir
 
 if TYPE_CHECKING:
     from services.kvstore.blocking import ColdConfig
+    from services.tls import Tls
 
 SHARED_MEMORY = Path("/dev/shm")
 # Beyond what is asked for: others use the file system too.
 SPARE_BYTES = 64 * 2**20
 
 
-def load_kv_store(name: str, settings: KvSettings, place: Place) -> Serve:
+def load_kv_store(name: str, settings: KvSettings, place: Place, tls: "Tls | None" = None) -> Serve:
     from services.kvstore.config import KvStoreConfig
     from services.kvstore.disk import DiskConfig, FsyncPolicy
     from services.kvstore.server import KvStoreServer
@@ -54,6 +55,7 @@ def load_kv_store(name: str, settings: KvSettings, place: Place) -> Serve:
                     cold=cold_config(settings, redis),
                     sessions_dir=own,
                     sessions_durability=Durability(settings.disk_fsync),
+                    tls=tls,
                 )
             )
             held = parts.pop_all()

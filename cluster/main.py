@@ -70,6 +70,8 @@ def _exit_code(error: Exception) -> int | None:
     from cluster.session_file import SessionFileError
     from cluster.topology import TopologyError
     from model1.errors import InvalidRequest, ModelError
+    from services.tls import TlsUnusable
+    from services.tokens import TokensUnusable
 
     if isinstance(error, Unreachable):
         return EXIT_UNREACHABLE
@@ -78,6 +80,7 @@ def _exit_code(error: Exception) -> int | None:
     expected = (
         *(ModelError, DeploymentError, AddressTaken, RayUnavailable, RequestFailed),
         *(ChildFailed, SidesDiffer, KvDamaged, SessionFileError, Noticed),
+        *(TlsUnusable, TokensUnusable),
     )
     return EXIT_FAILED if isinstance(error, expected) else None
 

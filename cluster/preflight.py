@@ -9,7 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from cluster.config import GatewaySettings, ModelSettings
+from cluster.access import accepted_tokens, process_tls
+from cluster.config import GatewaySettings, ModelSettings, Settings
 from model1 import shipped_model_dir
 from model1.checkpoint import load_config
 from model1.checkpoint.directory import tensor_files
@@ -41,6 +42,13 @@ def checked_model(settings: ModelSettings) -> ModelConfig:
             raise CheckpointError(f"{file} is damaged: {error}") from None
     Tokenizer.from_dir(directory)
     return config
+
+
+def check_secrets(settings: Settings) -> None:
+    """Of this machine. Raises `TlsUnusable` and `TokensUnusable`."""
+    if (tls := process_tls(settings.tls)) is not None:
+        tls.check()
+    accepted_tokens(settings.gateway)
 
 
 def check_addresses(gateway: GatewaySettings) -> None:

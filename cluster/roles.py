@@ -13,18 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from cluster.config import (
-    AttentionSettings,
-    KvSettings,
-    ModelSettings,
-    Settings,
-)
+from cluster.access import process_tls
+from cluster.config import AttentionSettings, KvSettings, Settings
 from cluster.members import Change, DeploymentError, Listening, Peers, Snapshot
 from cluster.preflight import model_directory
 from cluster.topology import ActorSpec, Role
 
 if TYPE_CHECKING:
     from services.attention.engine import EngineConfig
+    from services.tls import Tls
 
 # A replica is published once it serves; one that died since is tried again behind the table's back.
 UPDATE_CONNECT_TIMEOUT_SECONDS = 2.0
@@ -77,18 +74,18 @@ def load_role(
         case Role.GATEWAY:
             from cluster.gateway_role import load_gateway
 
-            return load_gateway(settings.model, settings.gateway, supervisor)
+            return load_gateway(settings, supervisor)
         case Role.ATTENTION:
             return load_attention(spec.name, settings, place)
         case Role.ROUTER:
-            return load_router(spec.name, place)
+            return load_router(spec.name, place, process_tls(settings.tls))
         case Role.EXPERT:
             expert_ids = range(spec.first_expert, spec.end_expert)
-            return load_expert(spec.name, expert_ids, settings.model, place)
+            return load_expert(spec.name, expert_ids, settings, place)
         case Role.KVSTORE:
             from cluster.kv_role import load_kv_store
 
-            return load_kv_store(spec.name, settings.kv, place)
+            return load_kv_store(spec.name, settings.kv, place, process_tls(settings.tls))
 
 
 def load_attention(name: str, settings: Settings, place: Place) -> Serve:
@@ -131,6 +128,7 @@ def load_attention(name: str, settings: Settings, place: Place) -> Serve:
             engine=engine_config(limits, settings.kv),
             kv_store_address=peers.store_address,
             model_digest=model_digest,
+            tls=process_tls(settings.tls),
         )
         worker = await AttentionWorker.open(trunk, pool, experts, config)
 
@@ -170,14 +168,14 @@ def engine_config(limits: AttentionSettings, kv: KvSettings) -> "EngineConfig":
     )
 
 
-def load_router(name: str, place: Place) -> Serve:
+def load_router(name: str, place: Place, tls: "Tls | None") -> Serve:
     from services import rpc
     from services.router.router import Router
     from services.router.routing import RoutingTable
     from services.router.server import router_service
 
     async def serve(peers: Peers) -> Serving:
-        router = Router(name)
+        router = Router(name, tls=tls)
         table = RoutingTable.of(peers.epoch, peers.replicas_of_expert)
         if peers.last_address:
             # Some may have died as well, and whoever waits for this router need not wait for them.
@@ -217,11 +215,12 @@ def _router_socket(last_address: str, runtime_dir: Path) -> Path:
     return socket
 
 
-def load_expert(name: str, expert_ids: range, model: ModelSettings, place: Place) -> Serve:
+def load_expert(name: str, expert_ids: range, settings: Settings, place: Place) -> Serve:
     from services import rpc
     from services.expert.loading import load_replica
     from services.expert.server import expert_service
 
+    model = settings.model
     replica = load_replica(
         model_directory(model),
         name=name,
@@ -231,7 +230,9 @@ def load_expert(name: str, expert_ids: range, model: ModelSettings, place: Place
     )
 
     async def serve(_peers: Peers) -> Serving:
-        server = await rpc.start_server([expert_service(replica)], f"{place.bind_host}:0")
+        server = await rpc.start_server(
+            [expert_service(replica)], f"{place.bind_host}:0", tls=process_tls(settings.tls)
+        )
         return Serving(Listening(server.address), lambda: replica.counters.calls, server.stop)
 
     return serve

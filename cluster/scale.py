@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.access import Access
 from cluster.client import Client, connected, named_failures
 from cluster.plain import as_json
 from cluster.status import member_table
@@ -13,10 +14,10 @@ from protos import control_pb2, control_pb2_grpc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleCommand:
-    """One change, asked of the gateway at `endpoint`; returns when it is live, however long that
+    """One change, asked of one gateway; returns when it is live, however long that
     takes. Prints what came and went, and who is there now."""
 
-    endpoint: str
+    access: Access
     as_json: bool
 
     async def experts(self, num_replicas: int, group: int | None) -> None:
@@ -39,8 +40,8 @@ class ScaleCommand:
 
     @asynccontextmanager
     async def _client(self) -> AsyncIterator[Client]:
-        async with connected(self.endpoint) as client:
-            with named_failures(self.endpoint):
+        async with connected(self.access) as client:
+            with named_failures(self.access.endpoint):
                 yield client
 
     async def _print(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from google.protobuf.message import Message
 
+from cluster.access import Access
 from cluster.client import connected, named_failures
 from cluster.output import text_table
 from cluster.plain import as_json
@@ -21,9 +22,9 @@ HEADER = ("session", "tokens", "version", "last used", "pinned", "worker", "stat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionCommand:
-    """One question to the gateway at `endpoint`, printed as a table or as JSON."""
+    """One question to one gateway, printed as a table or as JSON."""
 
-    endpoint: str
+    access: Access
     cache_salt: str
     as_json: bool
 
@@ -108,8 +109,8 @@ class SessionCommand:
 
     @asynccontextmanager
     async def _stub(self) -> AsyncIterator[sessions_pb2_grpc.SessionsStub]:
-        async with connected(self.endpoint) as client:
-            with named_failures(self.endpoint):
+        async with connected(self.access) as client:
+            with named_failures(self.access.endpoint):
                 yield sessions_pb2_grpc.SessionsStub(client.channel)
 
     def _name(self, session_id: str) -> sessions_pb2.SessionName:

@@ -10,11 +10,11 @@ from pathlib import Path
 from cluster.flags import (
     Arguments,
     Verb,
+    access_of,
     add_client_flags,
     add_format_flag,
     add_salt_flag,
     add_sampling_flags,
-    endpoint_of,
     num_bytes,
     positive,
     seconds,
@@ -61,7 +61,7 @@ def _session(parsed: Arguments) -> None:
     from cluster.session import SessionCommand
 
     command = SessionCommand(
-        endpoint=endpoint_of(parsed), cache_salt=parsed.cache_salt, as_json=wants_json(parsed)
+        access=access_of(parsed), cache_salt=parsed.cache_salt, as_json=wants_json(parsed)
     )
     match parsed.what:
         case "list":
@@ -110,7 +110,7 @@ def _chat(parsed: Arguments) -> None:
         session_id=parsed.session,
         cache_salt=parsed.cache_salt,
     )
-    chat(endpoint_of(parsed), question, as_json=wants_json(parsed))
+    chat(access_of(parsed), question, as_json=wants_json(parsed))
 
 
 def _kv_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +147,7 @@ def _kv(parsed: Arguments) -> None:
         return
     from cluster.kv import KvCommand
 
-    command = KvCommand(endpoint=endpoint_of(parsed), as_json=wants_json(parsed))
+    command = KvCommand(access=access_of(parsed), as_json=wants_json(parsed))
     match parsed.what:
         case "stat":
             asyncio.run(command.stat())

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 
+from cluster.access import Access
 from cluster.client import connected
 from cluster.kv import tier_states
 from cluster.output import text_table
@@ -12,15 +13,15 @@ from protos import control_pb2
 MEMBER_HEADER = ("role", "name", "pid", "address", "state", "requests", "restarts")
 
 
-async def status(endpoint: str, *, as_json: bool) -> None:
-    async with connected(endpoint) as client:
+async def status(access: Access, *, as_json: bool) -> None:
+    async with connected(access) as client:
         server = await client.server_info()
         model = await client.model_info()
         topology = await client.topology()
         kv = await client.kv_stats()
     if as_json:
         described = {
-            "endpoint": endpoint,
+            "endpoint": access.endpoint,
             "server": as_plain(server),
             "model": as_plain(model),
             "topology": as_plain(topology),
@@ -30,7 +31,7 @@ async def status(endpoint: str, *, as_json: bool) -> None:
         return
     state = "draining" if server.draining else "serving"
     print(
-        f"{endpoint} {state}, version {server.version}, up {server.uptime_seconds:.0f} s, "
+        f"{access.endpoint} {state}, version {server.version}, up {server.uptime_seconds:.0f} s, "
         f"{server.active_requests} of {server.max_active_requests} requests active"
     )
     print(

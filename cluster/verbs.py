@@ -13,13 +13,13 @@ from cluster.config import SettingsError
 from cluster.flags import (
     Arguments,
     Verb,
+    access_of,
     add_client_flags,
     add_deployment_flags,
     add_flag,
     add_format_flag,
     add_salt_flag,
     add_sampling_flags,
-    endpoint_of,
     minutes,
     natural,
     positive,
@@ -101,8 +101,8 @@ def _generate(parsed: Arguments) -> None:
         cache_salt=parsed.cache_salt,
     )
     settings = settings_of(parsed)
-    endpoint = None if parsed.local else parsed.endpoint or settings.gateway.endpoint
-    asyncio.run(generate(settings, question, endpoint=endpoint, as_json=wants_json(parsed)))
+    at = None if parsed.local else access_of(parsed)
+    asyncio.run(generate(settings, question, at=at, as_json=wants_json(parsed)))
 
 
 def _stdin_text() -> str:
@@ -112,10 +112,21 @@ def _stdin_text() -> str:
         raise SettingsError("what came on stdin is not UTF-8") from None
 
 
+def _status_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--health", action="store_true", help="only whether the gateway serves, for probes"
+    )
+    add_client_flags(parser)
+
+
 def _status(parsed: Arguments) -> None:
+    from cluster.health import health
     from cluster.status import status
 
-    asyncio.run(status(endpoint_of(parsed), as_json=wants_json(parsed)))
+    if parsed.health:
+        asyncio.run(health(access_of(parsed)))
+    else:
+        asyncio.run(status(access_of(parsed), as_json=wants_json(parsed)))
 
 
 def _scale_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +144,7 @@ def _scale_arguments(parser: argparse.ArgumentParser) -> None:
 def _scale(parsed: Arguments) -> None:
     from cluster.scale import ScaleCommand
 
-    command = ScaleCommand(endpoint=endpoint_of(parsed), as_json=wants_json(parsed))
+    command = ScaleCommand(access=access_of(parsed), as_json=wants_json(parsed))
     if parsed.what == "experts":
         asyncio.run(command.experts(parsed.replicas, parsed.group))
     else:
@@ -148,7 +159,7 @@ def _drain_arguments(parser: argparse.ArgumentParser) -> None:
 def _drain(parsed: Arguments) -> None:
     from cluster.scale import ScaleCommand
 
-    command = ScaleCommand(endpoint=endpoint_of(parsed), as_json=wants_json(parsed))
+    command = ScaleCommand(access=access_of(parsed), as_json=wants_json(parsed))
     asyncio.run(command.drain(parsed.actor))
 
 
@@ -266,7 +277,7 @@ VERBS = {
     "demo": Verb("run a whole deployment here, ask it one thing, stop", _demo_arguments, _demo),
     "serve": Verb("run a deployment until SIGTERM", _serve_arguments, _serve),
     "generate": Verb("answer one prompt", _generate_arguments, _generate),
-    "status": Verb("show what a deployment consists of", add_client_flags, _status),
+    "status": Verb("show what a deployment consists of", _status_arguments, _status),
     "scale": Verb("change how many actors compute", _scale_arguments, _scale),
     "drain": Verb("take one actor out for good", _drain_arguments, _drain),
     "bench": Verb("measure on random weights of the mini model", _bench_arguments, _bench),

@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 
 from services import rpc
+from services.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,10 @@ class Duplex(Generic[Request, Response]):
         opened: Callable[[grpc.aio.Metadata], None] = lambda _metadata: None,
         receive: Callable[[Response], None],
         broken: Callable[[str], None],
+        tls: Tls | None = None,
     ) -> None:
         self.address = address
+        self._tls = tls
         self._open_stream = open_stream
         self._opened = opened
         self._receive = receive
@@ -94,7 +97,7 @@ class Duplex(Generic[Request, Response]):
 
     async def _run(self) -> None:
         backoff_seconds = FIRST_BACKOFF_SECONDS
-        async with rpc.channel(self.address) as channel:
+        async with rpc.channel(self.address, self._tls) as channel:
             while True:
                 stream = self._open_stream(channel)
                 try:

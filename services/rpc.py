@@ -11,13 +11,15 @@ import contextlib
 import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
+
+from services.tls import Tls
 
 # One layer crossing of a 4,096-token chunk at hidden size 7,168 in float32 is 117 MB.
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
@@ -139,14 +141,19 @@ async def start_server(
     extra_addresses: Sequence[str] = (),
     *,
     max_receive_bytes: int = MAX_MESSAGE_BYTES,
+    tls: Tls | None = None,
+    require_client_certificate: bool = True,
+    interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
 ) -> RunningServer:
     """Serve `services` with health and reflection; raises AddressUnavailable naming the address.
+
+    With `tls` every address but a Unix socket is served by it alone; raises TlsUnusable.
 
     `extra_addresses` are further listeners of the same server (a router listens on its node's Unix
     socket and, when asked to, on TCP).
     """
     options = {**dict(SERVER_OPTIONS), "grpc.max_receive_message_length": max_receive_bytes}
-    server = grpc.aio.server(options=list(options.items()))
+    server = grpc.aio.server(interceptors=interceptors, options=list(options.items()))
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     for service in services:
@@ -154,33 +161,49 @@ async def start_server(
     names = [service.full_name for service in services]
     health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
     reflection.enable_server_reflection([*names, health_name, reflection.SERVICE_NAME], server)
-    bound = _bind(server, address)
+    credentials = None
+    if tls is not None:
+        credentials = tls.server_credentials(require_client=require_client_certificate)
+    bound = _bind(server, address, credentials)
     for extra in extra_addresses:
-        _bind(server, extra)
+        _bind(server, extra, credentials)
     await server.start()
     running = RunningServer(server, health, services, bound)
     await running.set_serving(True)
     return running
 
 
-def channel(address: str) -> grpc.aio.Channel:
-    """A channel to one peer with the same limits as the servers; use it as a context manager."""
-    options = dict(CHANNEL_OPTIONS)
+def channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
+    """A channel to one peer with the same limits as the servers; use it as a context manager.
+
+    With `tls` the peer has to show a certificate, unless it is at a Unix socket: who may open that
+    is the file system's to say. Raises TlsUnusable.
+    """
+    options: dict[str, int | str] = dict(CHANNEL_OPTIONS)
     if address.startswith("unix:"):
         options["grpc.max_reconnect_backoff_ms"] = MAX_LOCAL_RECONNECT_BACKOFF_MS
-    return grpc.aio.insecure_channel(address, options=list(options.items()))
+    if tls is None or address.startswith("unix:"):
+        return grpc.aio.insecure_channel(address, options=list(options.items()))
+    if tls.server_name is not None:
+        options["grpc.ssl_target_name_override"] = tls.server_name
+    credentials = tls.channel_credentials()
+    return grpc.aio.secure_channel(address, credentials, options=list(options.items()))
 
 
-def _bind(server: grpc.aio.Server, address: str) -> str:
-    if address.startswith("unix:"):
+def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:
+    is_local = address.startswith("unix:")
+    if is_local:
         _refuse_live_socket(address)
     try:
-        port = server.add_insecure_port(address)
+        if credentials is None or is_local:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise AddressUnavailable(
             f"cannot listen on {address}: it is in use or is not an address of this host"
         ) from error
-    if address.startswith("unix:"):
+    if is_local:
         return address
     host, _, _ = address.rpartition(":")
     return f"{host}:{port}"

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, redirect_stdout
 
+from cluster.access import access
 from cluster.chaos.faults import Injected, Injector, NotRecovered
 from cluster.chaos.memory import MemoryWatch, Process
 from cluster.chaos.plan import Plan
@@ -68,7 +69,7 @@ async def _run(site: Site, plan: Plan, questions: Sequence[Question], machine: s
     async with (
         deployed(site) as deployment,
         _watched(deployment),
-        connected(deployment.endpoint) as client,
+        connected(access(site.settings, deployment.endpoint)) as client,
     ):
         traffic = Traffic(client.channel, questions, streams=plan.streams, seed=plan.seed)
         memory = MemoryWatch()

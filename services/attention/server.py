@@ -27,6 +27,7 @@ from services.errors import ending_with_status
 from services.generation import FINISH_REASON_TO_WIRE, kv_usage_to_wire, request_from_wire
 from services.kv_keys import DIGEST_BYTES
 from services.kvstore.client import KvClient, KvClientConfig
+from services.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ class AttentionWorkerConfig:
     kv_store_address: str = ""
     # Of the checkpoint that is served: blocks of other models are of no use.
     model_digest: bytes = bytes(DIGEST_BYTES)
+    tls: Tls | None = None
 
 
 class AttentionWorker:
@@ -191,7 +193,7 @@ class AttentionWorker:
             servicer = AttentionService(engine, name=config.name)
             register = partial(attention_pb2_grpc.add_AttentionServicer_to_server, servicer)
             server = await rpc.start_server(
-                [rpc.Service("model1.v1.Attention", register)], config.address
+                [rpc.Service("model1.v1.Attention", register)], config.address, tls=config.tls
             )
             opened.pop_all()
         running = asyncio.create_task(_run(engine, server, config.name), name=config.name)
@@ -217,6 +219,7 @@ async def _open_store(pool: KVPool, config: AttentionWorkerConfig) -> KvClient |
             name=config.name,
             model_digest=config.model_digest,
             layout_digest=pool.layout_digest,
+            tls=config.tls,
         )
     )
 

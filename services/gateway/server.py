@@ -30,6 +30,8 @@ from services.gateway.topology import TopologySource
 from services.gateway.watched_worker import SilenceLimits
 from services.gateway.worker import WorkerAddress
 from services.gateway.workers import WorkerPool
+from services.tls import Tls
+from services.tokens import RequireToken, TokenFile
 
 if TYPE_CHECKING:
     from services.gateway.metrics_server import MetricsServer
@@ -57,6 +59,9 @@ class GatewayConfig:
     silence: SilenceLimits = field(default_factory=SilenceLimits)
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None  # None: no metrics; 0: any free port
+    tls: Tls | None = None  # to workers and stores, and for clients
+    require_client_certificate: bool = False
+    tokens: TokenFile | None = None  # None: clients need none
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -109,8 +114,8 @@ class GatewayServer:
         admission = Admission(Tokenizer.from_dir(config.model_dir), model_limits(model, config))
         gateway = Gateway(
             admission,
-            WorkerPool(config.silence),
-            Sessions(StoreSet()),
+            WorkerPool(config.silence, config.tls),
+            Sessions(StoreSet(config.tls)),
             max_active_requests=config.max_active_requests,
             continue_patience_s=config.continue_patience_seconds,
         )
@@ -133,6 +138,9 @@ class GatewayServer:
                 ],
                 config.address,
                 max_receive_bytes=rpc.MAX_PUBLIC_MESSAGE_BYTES,
+                tls=config.tls,
+                require_client_certificate=config.require_client_certificate,
+                interceptors=() if config.tokens is None else (RequireToken(config.tokens),),
             )
             opened.pop_all()
         return cls(gateway, server, metrics)

@@ -28,6 +28,7 @@ from services.session_record import (
     record_from_wire,
     record_to_wire,
 )
+from services.tls import Tls
 
 CALL_TIMEOUT_SECONDS = 5.0
 # Reading or forgetting whatever a tier has takes as long as its disk or Redis needs.
@@ -55,9 +56,9 @@ class Store:
     """A channel to one KV store. Every call raises `Unavailable` when it does not answer, and
     `InvalidRequest` when it has no such tier."""
 
-    def __init__(self, row: StoreAddress) -> None:
+    def __init__(self, row: StoreAddress, tls: Tls | None = None) -> None:
         self.row = row
-        self._channel = rpc.channel(row.address)
+        self._channel = rpc.channel(row.address, tls)
         self._records = session_store_pb2_grpc.SessionStoreStub(self._channel)
         self._admin = kvstore_pb2_grpc.KvAdminStub(self._channel)
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 from services.errors import SessionChanged, SessionsOff, Unavailable
 from services.gateway.store import Store, StoreAddress
 from services.session_record import SessionHead, SessionName, SessionRecord
+from services.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +26,15 @@ Answer = TypeVar("Answer")
 class StoreSet:
     """Owner of the channels to all stores of the table."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Tls | None = None) -> None:
+        self._tls = tls
         self._stores: dict[StoreAddress, Store] = {}
 
     async def update(self, table: Iterable[StoreAddress]) -> None:
         """Use exactly these stores from now on."""
         rows = tuple(table)
         gone = [store for row, store in self._stores.items() if row not in rows]
-        self._stores = {row: self._stores.get(row) or Store(row) for row in rows}
+        self._stores = {row: self._stores.get(row) or Store(row, self._tls) for row in rows}
         await asyncio.gather(*(store.close() for store in gone))
 
     async def close(self) -> None:

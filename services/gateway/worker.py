@@ -23,6 +23,7 @@ from services.generation import (
     kv_usage_from_wire,
     request_to_wire,
 )
+from services.tls import Tls
 
 RELEASE_TIMEOUT_SECONDS = 10.0
 ABORT_TIMEOUT_SECONDS = 5.0
@@ -68,12 +69,13 @@ WorkerEvent: TypeAlias = WorkerAccepted | WorkerTokens | WorkerFinal
 class Worker:
     """A channel to one attention worker."""
 
-    def __init__(self, row: WorkerAddress) -> None:
+    def __init__(self, row: WorkerAddress, tls: Tls | None = None) -> None:
         self.row = row
+        self._tls = tls
         self.heard_s = -math.inf  # on the loop's clock: the last word in any of its streams
         self._calls: set[grpc.aio.UnaryStreamCall[Any, Any]] = set()
         self._given_up_for = ""
-        self._channel = rpc.channel(row.address)
+        self._channel = rpc.channel(row.address, tls)
         self._stub = attention_pb2_grpc.AttentionStub(self._channel)
 
     async def generate(
@@ -141,7 +143,7 @@ class Worker:
         """Is there a process that answers a new connection? gRPC does that in threads of its own:
         a worker in the middle of a long step is there, a frozen one or one without a network is
         not."""
-        async with rpc.channel(self.row.address) as channel:
+        async with rpc.channel(self.row.address, self._tls) as channel:
             try:
                 async with asyncio.timeout(timeout_s):
                     await channel.channel_ready()

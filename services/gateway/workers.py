@@ -12,6 +12,7 @@ from services.gateway.placement import Candidate, KnownPrefixes, choose
 from services.gateway.watched_worker import SilenceLimits, WatchedWorker
 from services.gateway.worker import Worker, WorkerAddress
 from services.generation import GenerationRequest
+from services.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +20,9 @@ log = logging.getLogger(__name__)
 class WorkerPool:
     """Owner of the channels to all workers of the table."""
 
-    def __init__(self, silence: SilenceLimits) -> None:
+    def __init__(self, silence: SilenceLimits, tls: Tls | None = None) -> None:
         self._silence = silence
+        self._tls = tls
         self._workers: dict[WorkerAddress, WatchedWorker] = {}
         self._known: KnownPrefixes[WorkerAddress] = KnownPrefixes()
         self._change = asyncio.Event()
@@ -114,7 +116,10 @@ class WorkerPool:
 
     def _watched(self, row: WorkerAddress) -> WatchedWorker:
         return WatchedWorker(
-            Worker(row), self._silence, on_return=self._changed, has_other=self._has_other
+            Worker(row, self._tls),
+            self._silence,
+            on_return=self._changed,
+            has_other=self._has_other,
         )
 
     def _has_other(self, worker: WatchedWorker) -> bool:

@@ -20,6 +20,7 @@ from protos import kvstore_pb2, kvstore_pb2_grpc
 from services.duplex import Duplex
 from services.kvstore.arena import ArenaUnavailable, ArenaView
 from services.kvstore.leases import ClientLock, client_path
+from services.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,13 @@ class Caller(Protocol):
 
 class Attachment:
     def __init__(
-        self, address: str, *, worker: str, model_digest: bytes, layout_digest: bytes
+        self,
+        address: str,
+        *,
+        worker: str,
+        model_digest: bytes,
+        layout_digest: bytes,
+        tls: Tls | None = None,
     ) -> None:
         """Call it inside the event loop. Connects in the background, for as long as it takes."""
         self.num_breaks = 0
@@ -69,14 +76,27 @@ class Attachment:
             opened=self._opened,
             receive=self._receive,
             broken=self._broken,
+            tls=tls,
         )
 
     @classmethod
     async def open(
-        cls, address: str, *, worker: str, model_digest: bytes, layout_digest: bytes
+        cls,
+        address: str,
+        *,
+        worker: str,
+        model_digest: bytes,
+        layout_digest: bytes,
+        tls: Tls | None = None,
     ) -> Attachment:
         """In the loop that runs this."""
-        return cls(address, worker=worker, model_digest=model_digest, layout_digest=layout_digest)
+        return cls(
+            address,
+            worker=worker,
+            model_digest=model_digest,
+            layout_digest=layout_digest,
+            tls=tls,
+        )
 
     @property
     def connected(self) -> bool:

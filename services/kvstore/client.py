@@ -18,6 +18,7 @@ from services.kvstore.attachment import Attachment
 from services.kvstore.loop_thread import LoopThread
 from services.kvstore.saving import Saved, SaveItem, SaveStats, Saving
 from services.kvstore.tier import Tier, TierCost
+from services.tls import Tls
 
 __all__ = ["Block", "KvClient", "KvClientConfig", "RestoreStats", "SaveItem", "SaveStats", "Saved"]
 
@@ -36,6 +37,7 @@ class KvClientConfig:
     # What its blobs carry; 16 bytes each.
     model_digest: bytes
     layout_digest: bytes
+    tls: Tls | None = None
     # A locate that takes longer is a miss.
     call_timeout_seconds: float = 1.0
     # Blobs that are not saved by then are dropped; nobody waits for it.
@@ -64,6 +66,7 @@ class KvClient:
                 worker=config.name,
                 model_digest=config.model_digest,
                 layout_digest=config.layout_digest,
+                tls=config.tls,
             )
         )
         return cls(config, thread, attachment)

@@ -10,6 +10,7 @@ from services.kvstore.disk import DiskConfig
 from services.kvstore.peer_link import PeerLimits
 from services.kvstore.session_rows import Durability
 from services.kvstore.store import StoreLimits
+from services.tls import Tls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,7 @@ class KvStoreConfig:
     cold: ColdConfig | None = None
     # Other nodes' stores.
     peers: tuple[str, ...] = ()
+    tls: Tls | None = None
     # Session records: in memory only where it is None.
     sessions_dir: Path | None = None
     sessions_durability: Durability = Durability.INTERVAL

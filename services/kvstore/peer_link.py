@@ -16,6 +16,7 @@ from protos import kvstore_pb2, kvstore_pb2_grpc
 from services.duplex import Duplex
 from services.kvstore.blob import Damaged, DamageReason, check_blob, read_header
 from services.kvstore.tier import Loaded, Rooms
+from services.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class PeerLimits:
 class PeerLink:
     """Call it inside the event loop."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: Tls | None = None) -> None:
         self.address = address
         self._call_ids = itertools.count(1)
         # What came for each call; None at the end of it when the stream breaks.
@@ -43,6 +44,7 @@ class PeerLink:
             lambda channel: kvstore_pb2_grpc.KvStoreStub(channel).Exchange(),
             receive=self._receive,
             broken=self._broken,
+            tls=tls,
         )
 
     @property

@@ -13,6 +13,7 @@ from contextlib import aclosing
 from services.kvstore.blob import BlobHeader
 from services.kvstore.peer_link import PeerLimits, PeerLink
 from services.kvstore.tier import Loaded, Rooms, Tier
+from services.tls import Tls
 
 # Where each of so many keys was seen last.
 MAX_REMEMBERED_KEYS = 65_536
@@ -25,8 +26,9 @@ class Peers:
 
     tier = Tier.PEER
 
-    def __init__(self, limits: PeerLimits) -> None:
+    def __init__(self, limits: PeerLimits, tls: Tls | None = None) -> None:
         self._limits = limits
+        self._tls = tls
         self._links: dict[str, PeerLink] = {}
         self._seen_at: OrderedDict[bytes, str] = OrderedDict()
 
@@ -41,7 +43,7 @@ class Peers:
         gone = [self._links.pop(address) for address in list(self._links) if address not in wanted]
         for address in wanted:
             if address not in self._links:
-                self._links[address] = PeerLink(address)
+                self._links[address] = PeerLink(address, self._tls)
         for link in gone:
             await link.close()
 

@@ -147,7 +147,7 @@ class KvStoreServer:
             if config.disk is not None:
                 disk = await Disk.open(config.disk, pins.__contains__)
                 parts.push_async_callback(disk.close)
-            peers = Peers(config.peer_limits)
+            peers = Peers(config.peer_limits, config.tls)
             parts.push_async_callback(peers.close)
             await peers.set_addresses(config.peers)
             cold, records = None, None
@@ -188,6 +188,7 @@ class KvStoreServer:
                     session_service(sessions),
                 ],
                 config.address,
+                tls=config.tls,
             )
             return cls(store, leases, peers, service, server, parts.pop_all())
         raise AssertionError("an exit stack that swallows errors")

@@ -19,6 +19,7 @@ from protos import expert_pb2, expert_pb2_grpc
 from services import wire
 from services.duplex import CLOCK_KEY, Duplex
 from services.router.hedging import PROBE_INTERVAL_SECONDS, AnswerTimes, Slowness
+from services.tls import Tls
 from services.wire import ExpertRows, Words
 
 # A replica that answered wrongly is passed over for so long, where there is another.
@@ -60,7 +61,11 @@ class ReplicaLink:
     """`connected_again` is called whenever a stream to the replica has been opened."""
 
     def __init__(
-        self, address: str, times: AnswerTimes, connected_again: Callable[[], None]
+        self,
+        address: str,
+        times: AnswerTimes,
+        connected_again: Callable[[], None],
+        tls: Tls | None = None,
     ) -> None:
         self.address = address
         # A token of the stream in use: after a break there is another one, perhaps to another
@@ -87,6 +92,7 @@ class ReplicaLink:
             opened=self._open,
             receive=self._receive,
             broken=self._break,
+            tls=tls,
         )
 
     @property

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from services.router.hedging import AnswerTimes
 from services.router.replica_link import ReplicaLink
 from services.router.routing import ExpertGroup, Load, RoutingTable
+from services.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,8 @@ log = logging.getLogger(__name__)
 class Replicas:
     """`changed` is called when a replica was connected or another table is in use."""
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, changed: Callable[[], None], tls: Tls | None = None) -> None:
+        self._tls = tls
         self.times = AnswerTimes()
         self._changed = changed
         self._table = RoutingTable.of(0, ())  # in use
@@ -62,7 +64,7 @@ class Replicas:
         self._check(table)
         self._newest = table
         for address in table.replicas - self._links.keys():
-            self._links[address] = ReplicaLink(address, self.times, self._link_opened)
+            self._links[address] = ReplicaLink(address, self.times, self._link_opened, self._tls)
         give_up_at = asyncio.get_running_loop().time() + connect_timeout_seconds
         try:
             with contextlib.suppress(TimeoutError):

@@ -24,6 +24,7 @@ from services.router.pairs import added_in_order, gather
 from services.router.replica_link import ReplicaLink, ReplicaUnusable
 from services.router.replicas import Replicas
 from services.router.routing import Load, RoutingTable, Share, Split
+from services.tls import Tls
 from services.wire import LayerRows, MalformedCall, Words, first_outside
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,13 @@ class Router:
         name: str,
         max_crossings_under_way: int = MAX_CROSSINGS_UNDER_WAY,
         replica_wait_seconds: float = REPLICA_WAIT_SECONDS,
+        tls: Tls | None = None,
     ) -> None:
         self.name = name
         self.counters = RouterCounters()
         self._max_crossings_under_way = max_crossings_under_way
         self._replica_wait_seconds = replica_wait_seconds
-        self._replicas = Replicas(changed=self._wake)
+        self._replicas = Replicas(changed=self._wake, tls=tls)
         self._budget = HedgeBudget()
         self._under_way: set[Crossing] = set()
         self._waiting: dict[Crossing, None] = {}  # some of their pairs are stranded; oldest first

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from cluster import client
+from cluster.access import Access
 from cluster.client import RequestFailed, connected
 from protos import control_pb2_grpc
 from services import rpc
@@ -27,7 +28,7 @@ async def test_a_gateway_that_does_not_answer_is_not_waited_for_for_ever(
     register = partial(control_pb2_grpc.add_ControlServicer_to_server, _Hung())
     server = await rpc.start_server([rpc.Service("model1.v1.Control", register)], "127.0.0.1:0")
     try:
-        async with asyncio.timeout(30), connected(server.address) as asked:
+        async with asyncio.timeout(30), connected(Access(server.address)) as asked:
             with pytest.raises(RequestFailed, match="DEADLINE_EXCEEDED"):
                 await getattr(asked, question)()
     finally:

@@ -45,9 +45,19 @@ def test_every_key_can_be_set_by_its_environment_variable(key: str) -> None:
         "redis": "rediss://user@cache:6380/1",
         **dict.fromkeys(("path", "disk_path", "temp_dir"), "/somewhere"),
         **dict.fromkeys(("redis_password_file", "redis_ca_file"), "/somewhere/file"),
+        **dict.fromkeys(("ca_file", "cert_file", "key_file"), "/somewhere/pem"),
+        **dict.fromkeys(("token_file", "tokens_file"), "/somewhere/tokens"),
+        "require_client_certificate": "True",
     }
     value = values.get(name, "67108864" if name.endswith("_bytes") else "64")
-    settings = load_settings(environment={known_keys()[key]: value})
+    # Files that are of use only together.
+    pem = {
+        f"MODEL1_{name}__{part}": "/somewhere/pem"
+        for name in ("TLS", "CLIENT")
+        for part in ("CA_FILE", "CERT_FILE", "KEY_FILE")
+        if section in ("tls", "client") or (name == "TLS" and "certificate" in key)
+    }
+    settings = load_settings(environment={**pem, known_keys()[key]: value})
     found = getattr(getattr(settings, section), name)
     if isinstance(found, SecretStr):
         found = found.get_secret_value()
@@ -85,6 +95,18 @@ def test_an_empty_environment_variable_sets_nothing() -> None:
         ("kv: {redis: 'redis://:hush@cache'}", "kv.redis: the URL has a password in it"),
         ("kv: {redis_password: hush}", "'kv.redis_password' is a secret: set MODEL1_KV__REDIS_P"),
         ("kv: {ram_bytes: 64}", "kv.ram_bytes = 64"),
+        ("tls: {ca_file: ca.crt, key_file: tls.key}", "tls: cert_file must be set too"),
+        ("client: {ca_file: ca.crt, key_file: a.key}", "client: cert_file must be set too"),
+        ("client: {cert_file: a.crt, key_file: a.key}", "client: ca_file must be set too"),
+        ("client: {token: hush}", "'client.token' is a secret: set MODEL1_CLIENT__TOKEN"),
+        (
+            "gateway: {require_client_certificate: true}",
+            r"gateway\.require_client_certificate is of no use without tls\.ca_file",
+        ),
+        (
+            "{tls: {ca_file: a, cert_file: b, key_file: c}, cluster: {ray_address: auto}}",
+            r"kv\.redis must not be embedded",
+        ),
         ("- 3", "expected sections"),
         ("topology: {", "is not YAML"),
     ],

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cluster.access import Access
 from cluster.client import RequestFailed
 from cluster.kv import KvCommand
 from protos import control_pb2, control_pb2_grpc, kvstore_pb2
@@ -42,7 +43,7 @@ async def test_a_store_that_did_nothing_is_a_failure(
     register = partial(control_pb2_grpc.add_ControlServicer_to_server, _Gateway())
     service = rpc.Service("model1.v1.Control", register)
     async with await rpc.start_server([service], "127.0.0.1:0") as server:
-        command = KvCommand(endpoint=server.address, as_json=False)
+        command = KvCommand(access=Access(server.address), as_json=False)
         calls: dict[str, Callable[[], Awaitable[None]]] = {
             "verify": partial(command.verify, "disk", repair=False),
             "evict": partial(command.evict, "disk", 1),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.access import Access
 from cluster.client import End, Piece, Question, Unreachable, connected
 from cluster.config import AttentionSettings, KvSettings, Settings, load_settings
 from cluster.local import ask_here
@@ -123,7 +124,7 @@ async def test_the_roles_together_answer_like_the_model(
 ) -> None:
     expected = tiny_model.model().generate(PROMPT, max_tokens=9)
     async with deployed_here(settings, socket_folder) as (endpoint, supervisor):
-        async with connected(endpoint) as client:
+        async with connected(Access(endpoint)) as client:
             frames = [frame async for frame in client.ask(Question(prompt=PROMPT, max_tokens=9))]
         members = (await supervisor.snapshot()).members
     token_ids = [token for f in frames[:-1] if isinstance(f, Piece) for token in f.token_ids]
@@ -143,7 +144,7 @@ async def test_the_context_on_offer_is_what_a_worker_can_hold(
 ) -> None:
     flags = {"model.path": tiny_checkpoint, "gateway.port": 0, "attention.kv_tokens": 40}
     settings = load_settings(environment={}, flags=flags)
-    async with deployed_here(settings, socket_folder) as (at, _), connected(at) as client:
+    async with deployed_here(settings, socket_folder) as (at, _), connected(Access(at)) as client:
         offered = (await client.model_info()).max_context_length
         frames = [frame async for frame in client.ask(Question(prompt=PROMPT))]
     assert offered == 40
@@ -163,7 +164,7 @@ async def test_a_budget_of_bytes_says_how_many_tokens_a_worker_holds(
     }
     settings = load_settings(environment={}, flags=flags)
     expected = tiny_model.model().generate(PROMPT, max_tokens=9)
-    async with deployed_here(settings, socket_folder) as (at, _), connected(at) as client:
+    async with deployed_here(settings, socket_folder) as (at, _), connected(Access(at)) as client:
         offered = (await client.model_info()).max_context_length
         frames = [frame async for frame in client.ask(Question(prompt=PROMPT, max_tokens=9))]
     assert 0 < offered <= tiny_model.CONTEXT
@@ -179,7 +180,7 @@ async def test_a_budget_of_bytes_says_how_many_tokens_a_worker_holds(
 async def test_metrics_are_where_the_settings_say(settings: Settings, socket_folder: Path) -> None:
     gateway = settings.gateway.model_copy(update={"metrics_port": 0, "metrics_host": "127.0.0.2"})
     settings = settings.model_copy(update={"gateway": gateway})
-    async with deployed_here(settings, socket_folder) as (at, _), connected(at) as client:
+    async with deployed_here(settings, socket_folder) as (at, _), connected(Access(at)) as client:
         url = (await client.server_info()).metrics_url
         assert url.startswith("http://127.0.0.2:")
         metrics = await asyncio.to_thread(scraped, url)
@@ -230,7 +231,7 @@ async def test_answering_locally_is_the_same_answer(settings: Settings) -> None:
 
 async def test_a_gateway_that_has_gone_is_unreachable() -> None:
     with pytest.raises(Unreachable, match=r"127\.0\.0\.1:9"):
-        async with connected("127.0.0.1:9"):
+        async with connected(Access("127.0.0.1:9")):
             pass
 
 
@@ -241,7 +242,7 @@ async def test_entries_in_host_memory_give_the_same_tokens(
     expected = tiny_model.model().generate(prompt, max_tokens=40)
     attention = settings.attention.model_copy(update={"hot_entries": 64})
     settings = settings.model_copy(update={"attention": attention})
-    async with deployed_here(settings, socket_folder) as (at, _), connected(at) as client:
+    async with deployed_here(settings, socket_folder) as (at, _), connected(Access(at)) as client:
         frames = [f async for f in client.ask(Question(prompt=prompt, max_tokens=40))]
     assert [token for f in frames if isinstance(f, Piece) for token in f.token_ids] == expected
 
@@ -255,7 +256,7 @@ async def test_fp8_kv_gives_the_same_tokens_here_and_deployed(
     question = Question(prompt=prompt, max_tokens=40)
     attention = settings.attention.model_copy(update={"kv_format": "fp8"})
     settings = settings.model_copy(update={"attention": attention})
-    async with deployed_here(settings, socket_folder) as (at, _), connected(at) as client:
+    async with deployed_here(settings, socket_folder) as (at, _), connected(Access(at)) as client:
         deployed = [frame async for frame in client.ask(question)]
     here = [frame async for frame in ask_here(settings, question)]
     for frames in (deployed, here):
@@ -268,7 +269,7 @@ async def test_a_deployment_scales_while_a_stream_runs(
     expected = tiny_model.model().generate(PROMPT, max_tokens=60)
     async with (
         deployed_here(settings, socket_folder) as (at, supervisor),
-        connected(at) as client,
+        connected(Access(at)) as client,
     ):
         frames = aiter(client.ask(Question(prompt=PROMPT, max_tokens=60)))
         first = await anext(frames)

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
+from cluster.access import Access
 from cluster.client import RequestFailed
 from cluster.session import SessionCommand
 from cluster.session_file import SessionFileError, new_session_file
@@ -32,7 +33,7 @@ async def import_from(file: Path, name: str = "tea") -> None:
     register = partial(sessions_pb2_grpc.add_SessionsServicer_to_server, _Gateway())
     service = rpc.Service("model1.v1.Sessions", register)
     async with await rpc.start_server([service], "127.0.0.1:0") as server:
-        command = SessionCommand(endpoint=server.address, cache_salt="", as_json=False)
+        command = SessionCommand(access=Access(server.address), cache_salt="", as_json=False)
         await command.import_from(name, file)
 
 
