@@ -40,6 +40,7 @@ from cluster.roles import Place, Serve, Serving, load_role
 from cluster.supervisor import Patience, Supervisor
 from cluster.topology import ActorSpec, Topology
 from model1.errors import ModelError
+from protos.control_pb2 import RoleStats
 from services.errors import ServiceError
 from services.rpc import AddressUnavailable
 from services.tls import TlsUnusable
@@ -161,8 +162,8 @@ class RemoteActor:
     async def update(self, peers: Peers) -> None:
         await _answer(self._name, self._handle.update.remote(peers))
 
-    async def num_requests(self) -> int:
-        return await _answer(self._name, self._handle.num_requests.remote())
+    async def stats(self) -> RoleStats:
+        return await _answer(self._name, self._handle.stats.remote())
 
     async def ended(self) -> str:
         while True:
@@ -222,8 +223,8 @@ class RoleProcess:
         with _one_line_failures(self._spec.name):
             await self._serving.update(peers)
 
-    async def num_requests(self) -> int:
-        return self._serving.num_requests() if self._serving else 0
+    async def stats(self) -> RoleStats:
+        return self._serving.report() if self._serving else RoleStats()
 
     async def ended(self) -> None:
         """Never returns: the call fails when the process ends, which is how others know of it."""

@@ -13,13 +13,13 @@ from cluster.preflight import model_directory
 from cluster.roles import Serve, Serving, SupervisorLink
 from cluster.topology import Role
 from model1.errors import InvalidRequest
+from protos.control_pb2 import RoleStats
 from services.errors import ChangeFailed, ChangeRefused, Unavailable, UnknownActor
 from services.gateway.operations import Change
 from services.gateway.topology import Member, Topology
 
 
 def load_gateway(settings: Settings, supervisor: SupervisorLink) -> Serve:
-    from services.gateway.counters import Outcome
     from services.gateway.server import GatewayConfig, GatewayServer
     from services.gateway.store import StoreAddress
     from services.gateway.watched_worker import SilenceLimits
@@ -55,10 +55,12 @@ def load_gateway(settings: Settings, supervisor: SupervisorLink) -> Serve:
             )
 
         await update(peers)
-        counters = server.gateway.counters
-        return Serving(
-            Listening(server.address), lambda: counters.ended[Outcome.FINISHED], server.stop, update
-        )
+
+        def stats() -> RoleStats:
+            gateway = server.stats()
+            return RoleStats(requests=gateway.finished_requests, gateway=gateway)
+
+        return Serving(Listening(server.address), stats, server.stop, update)
 
     return serve
 
@@ -104,9 +106,10 @@ def _reported(snapshot: Snapshot) -> Topology:
             pid=member.process.pid,
             node_id=member.process.node_id,
             state=member.state,
-            requests=member.num_requests,
+            requests=member.stats.requests,
             expert_group=member.spec.group if member.spec.role is Role.EXPERT else None,
             restarts=member.restarts,
+            stats=member.stats,
         )
         for member in snapshot.members
     ]

@@ -15,6 +15,7 @@ from cluster.config import KvSettings
 from cluster.members import DeploymentError, Listening, Peers, Redis
 from cluster.roles import Place, Serve, Serving
 from cluster.runtime_dir import runtime_dir
+from protos.control_pb2 import RoleStats
 
 if TYPE_CHECKING:
     from services.kvstore.blocking import ColdConfig
@@ -69,7 +70,7 @@ def load_kv_store(name: str, settings: KvSettings, place: Place, tls: "Tls | Non
 
         await update(peers)
         listening = Listening(server.address, redis=redis)
-        return Serving(listening, lambda: server.num_requests, stop, update)
+        return Serving(listening, lambda: RoleStats(requests=server.num_requests), stop, update)
 
     return serve
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from cluster.topology import ActorSpec, Role, Room
+from protos.control_pb2 import RoleStats
 
 
 class DeploymentError(Exception):
@@ -110,7 +111,9 @@ class Actor(Protocol):
         """Call these from now on. Returns once they are in use."""
         ...
 
-    async def num_requests(self) -> int: ...
+    async def stats(self) -> RoleStats:
+        """What the role counts, from memory."""
+        ...
 
     async def ended(self) -> str:
         """Wait for the end of the process, however it comes; returns what is known of it."""
@@ -155,7 +158,7 @@ class Member:
     state: MemberState = MemberState.STARTING
     address: str = ""
     process: Process = Process(0, "")
-    num_requests: int = 0
+    stats: RoleStats = field(default_factory=RoleStats)  # of this process; empty: none yet
     kv_tokens: int = 0
     restarts: int = 0
 

@@ -8,8 +8,9 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -18,6 +19,7 @@ from cluster.config import AttentionSettings, KvSettings, Settings
 from cluster.members import Change, DeploymentError, Listening, Peers, Snapshot
 from cluster.preflight import model_directory
 from cluster.topology import ActorSpec, Role
+from protos.control_pb2 import RoleStats
 
 if TYPE_CHECKING:
     from services.attention.engine import EngineConfig
@@ -57,9 +59,15 @@ class Serving:
     whom to call from now on."""
 
     listening: Listening
-    num_requests: Callable[[], int]
+    stats: Callable[[], RoleStats]
     stop: Callable[[float], Awaitable[None]]
     update: Callable[[Peers], Awaitable[None]] = _calls_nobody
+    since: float = field(default_factory=time.monotonic)
+
+    def report(self) -> RoleStats:
+        stats = self.stats()
+        stats.seconds = time.monotonic() - self.since
+        return stats
 
 
 # A role that is loaded and waits for its peers' addresses.
@@ -136,11 +144,11 @@ def load_attention(name: str, settings: Settings, place: Place) -> Serve:
             await worker.stop(grace_seconds)
             await experts.close()
 
-        return Serving(
-            Listening(worker.address, kv_tokens=capacity.max_tokens),
-            lambda: worker.engine.stats().counters.accepted,
-            stop,
-        )
+        def stats() -> RoleStats:
+            attention = worker.stats()
+            return RoleStats(requests=attention.accepted_requests, attention=attention)
+
+        return Serving(Listening(worker.address, kv_tokens=capacity.max_tokens), stats, stop)
 
     return serve
 
@@ -172,7 +180,7 @@ def load_router(name: str, place: Place, tls: "Tls | None") -> Serve:
     from services import rpc
     from services.router.router import Router
     from services.router.routing import RoutingTable
-    from services.router.server import router_service
+    from services.router.server import router_service, router_stats
 
     async def serve(peers: Peers) -> Serving:
         router = Router(name, tls=tls)
@@ -197,7 +205,10 @@ def load_router(name: str, place: Place, tls: "Tls | None") -> Serve:
                     UPDATE_CONNECT_TIMEOUT_SECONDS,
                 )
 
-        return Serving(Listening(server.address), lambda: router.counters.calls, stop, update)
+        def stats() -> RoleStats:
+            return RoleStats(requests=router.counters.calls, router=router_stats(router))
+
+        return Serving(Listening(server.address), stats, stop, update)
 
     return serve
 
@@ -218,7 +229,7 @@ def _router_socket(last_address: str, runtime_dir: Path) -> Path:
 def load_expert(name: str, expert_ids: range, settings: Settings, place: Place) -> Serve:
     from services import rpc
     from services.expert.loading import load_replica
-    from services.expert.server import expert_service
+    from services.expert.server import expert_service, expert_stats
 
     model = settings.model
     replica = load_replica(
@@ -233,6 +244,10 @@ def load_expert(name: str, expert_ids: range, settings: Settings, place: Place) 
         server = await rpc.start_server(
             [expert_service(replica)], f"{place.bind_host}:0", tls=process_tls(settings.tls)
         )
-        return Serving(Listening(server.address), lambda: replica.counters.calls, server.stop)
+
+        def stats() -> RoleStats:
+            return RoleStats(requests=replica.counters.calls, expert=expert_stats(replica))
+
+        return Serving(Listening(server.address), stats, server.stop)
 
     return serve

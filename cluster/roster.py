@@ -13,6 +13,7 @@ from dataclasses import replace
 from cluster.directory import Directory
 from cluster.members import Actor, ActorDied, DeploymentError, Member, MemberState, Peers, Redis
 from cluster.topology import ActorSpec, Role, Topology
+from protos.control_pb2 import RoleStats
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class Roster:
     def lose(self, name: str) -> None:
         """Whatever is left of the process ends now."""
         self._actors[name].kill()
-        self._put(replace(self._members[name], state=MemberState.DEAD, num_requests=0))
+        self._put(replace(self._members[name], state=MemberState.DEAD, stats=RoleStats()))
 
     def remove(self, names: Collection[str]) -> None:
         self.topology = self.topology.without(names)
@@ -150,17 +151,17 @@ class Roster:
         await self.tell(Role.ROUTER)
 
     async def check(self, name: str) -> None:
-        """Ask for its count. Whoever does not answer keeps his last one: busy is not dead, since a
-        worker computes inline in its loop."""
+        """Ask for its counts. Whoever does not answer keeps his last ones: busy is not dead, since
+        a worker computes inline in its loop."""
         if not (actor := self._actors.get(name)):
             return
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
-                count = await actor.num_requests()
+                stats = await actor.stats()
         except (TimeoutError, ActorDied):
             return
         if member := self._members.get(name):
-            self._members[name] = replace(member, num_requests=count)
+            self._members[name] = replace(member, stats=stats)
 
     async def ended(self, name: str) -> str:
         return await self._actors[name].ended()

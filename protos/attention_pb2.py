@@ -22,46 +22,47 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from protos import histogram_pb2 as protos_dot_histogram__pb2
 from protos import inference_pb2 as protos_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/attention.proto\x12\tmodel1.v1\x1a\x16protos/inference.proto\"\xd6\x01\n\x18\x41ttentionGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x12\n\nsession_id\x18\n \x01(\t\"\xb0\x01\n\x19\x41ttentionGenerateResponse\x12\x30\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1c.model1.v1.AttentionAcceptedH\x00\x12,\n\x06tokens\x18\x02 \x01(\x0b\x32\x1a.model1.v1.AttentionTokensH\x00\x12*\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x19.model1.v1.AttentionFinalH\x00\x42\x07\n\x05\x65vent\"$\n\x11\x41ttentionAccepted\x12\x0f\n\x07kv_root\x18\x01 \x01(\x0c\"D\n\x0f\x41ttentionTokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1e\n\x02kv\x18\x02 \x01(\x0b\x32\x12.model1.v1.KvUsage\"F\n\x0e\x41ttentionFinal\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.model1.v1.FinishReasonJ\x04\x08\x02\x10\x03\"+\n\x15\x41ttentionAbortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x18\n\x16\x41ttentionAbortResponse\".\n\x15\x41ttentionStatsRequest\x12\x15\n\rcrossing_rows\x18\x01 \x01(\r\"\xfe\x03\n\x16\x41ttentionStatsResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x19\n\x11waiting_sequences\x18\x03 \x01(\r\x12\x19\n\x11running_sequences\x18\x04 \x01(\r\x12\x19\n\x11\x61\x63\x63\x65pted_requests\x18\x05 \x01(\x04\x12\x19\n\x11\x66inished_requests\x18\x06 \x01(\x04\x12\x1a\n\x12\x63\x61ncelled_requests\x18\x07 \x01(\x04\x12\x17\n\x0f\x66\x61iled_requests\x18\x08 \x01(\x04\x12\r\n\x05steps\x18\t \x01(\x04\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x0b \x01(\x04\x12\x1c\n\x14largest_batch_tokens\x18\x0c \x01(\r\x12\x17\n\x0flayer_crossings\x18\r \x01(\x04\x12\x1c\n\x14\x63rossing_seconds_p50\x18\x0e \x01(\x01\x12\x1c\n\x14\x63rossing_seconds_p99\x18\x0f \x01(\x01\x12!\n\x19\x63rossing_wait_seconds_p50\x18\x10 \x01(\x01\x12!\n\x19\x63rossing_wait_seconds_p99\x18\x11 \x01(\x01\x12\'\n\x02kv\x18\x12 \x01(\x0b\x32\x1b.model1.v1.AttentionKvStats\"\xfb\x02\n\x10\x41ttentionKvStats\x12\x14\n\x0c\x61sked_tokens\x18\x01 \x01(\x04\x12+\n\x03hit\x18\x02 \x01(\x0b\x32\x1e.model1.v1.AttentionTierTokens\x12\x30\n\x08restored\x18\x03 \x01(\x0b\x32\x1e.model1.v1.AttentionTierTokens\x12\x17\n\x0f\x63omputed_tokens\x18\x04 \x01(\x04\x12\x16\n\x0eskipped_tokens\x18\x05 \x01(\x04\x12\x15\n\rfailed_tokens\x18\x06 \x01(\x04\x12\x13\n\x0blate_tokens\x18\x07 \x01(\x04\x12\x13\n\x0bsaved_blobs\x18\x08 \x01(\x04\x12\x15\n\rdropped_blobs\x18\t \x01(\x04\x12\x13\n\x0bheld_blocks\x18\n \x01(\r\x12\x15\n\rcached_blocks\x18\x0b \x01(\r\x12\x12\n\nmax_blocks\x18\x0c \x01(\r\x12\x12\n\npool_bytes\x18\r \x01(\x04\x12\x15\n\rwaiting_blobs\x18\x0e \x01(\x04\"\\\n\x13\x41ttentionTierTokens\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\x04\x12\x0b\n\x03ram\x18\x02 \x01(\x04\x12\x0c\n\x04\x64isk\x18\x03 \x01(\x04\x12\x0c\n\x04peer\x18\x04 \x01(\x04\x12\x0c\n\x04\x63old\x18\x05 \x01(\x04\".\n\x15\x41ttentionDrainRequest\x12\x15\n\rgrace_seconds\x18\x01 \x01(\x01\"2\n\x16\x41ttentionDrainResponse\x12\x18\n\x10\x61\x62orted_requests\x18\x01 \x01(\r\"\'\n\x17\x41ttentionReleaseRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"*\n\x18\x41ttentionReleaseResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r2\xa2\x03\n\tAttention\x12W\n\x08Generate\x12#.model1.v1.AttentionGenerateRequest\x1a$.model1.v1.AttentionGenerateResponse0\x01\x12L\n\x05\x41\x62ort\x12 .model1.v1.AttentionAbortRequest\x1a!.model1.v1.AttentionAbortResponse\x12L\n\x05Stats\x12 .model1.v1.AttentionStatsRequest\x1a!.model1.v1.AttentionStatsResponse\x12L\n\x05\x44rain\x12 .model1.v1.AttentionDrainRequest\x1a!.model1.v1.AttentionDrainResponse\x12R\n\x07Release\x12\".model1.v1.AttentionReleaseRequest\x1a#.model1.v1.AttentionReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/attention.proto\x12\tmodel1.v1\x1a\x16protos/histogram.proto\x1a\x16protos/inference.proto\"\xd6\x01\n\x18\x41ttentionGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x12\n\nsession_id\x18\n \x01(\t\"\xb0\x01\n\x19\x41ttentionGenerateResponse\x12\x30\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1c.model1.v1.AttentionAcceptedH\x00\x12,\n\x06tokens\x18\x02 \x01(\x0b\x32\x1a.model1.v1.AttentionTokensH\x00\x12*\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x19.model1.v1.AttentionFinalH\x00\x42\x07\n\x05\x65vent\"$\n\x11\x41ttentionAccepted\x12\x0f\n\x07kv_root\x18\x01 \x01(\x0c\"D\n\x0f\x41ttentionTokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1e\n\x02kv\x18\x02 \x01(\x0b\x32\x12.model1.v1.KvUsage\"F\n\x0e\x41ttentionFinal\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.model1.v1.FinishReasonJ\x04\x08\x02\x10\x03\"+\n\x15\x41ttentionAbortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x18\n\x16\x41ttentionAbortResponse\".\n\x15\x41ttentionStatsRequest\x12\x15\n\rcrossing_rows\x18\x01 \x01(\r\"\xa7\x06\n\x16\x41ttentionStatsResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x19\n\x11waiting_sequences\x18\x03 \x01(\r\x12\x19\n\x11running_sequences\x18\x04 \x01(\r\x12\x19\n\x11\x61\x63\x63\x65pted_requests\x18\x05 \x01(\x04\x12\x19\n\x11\x66inished_requests\x18\x06 \x01(\x04\x12\x1a\n\x12\x63\x61ncelled_requests\x18\x07 \x01(\x04\x12\x17\n\x0f\x66\x61iled_requests\x18\x08 \x01(\x04\x12\r\n\x05steps\x18\t \x01(\x04\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x0b \x01(\x04\x12\x1c\n\x14largest_batch_tokens\x18\x0c \x01(\r\x12\x17\n\x0flayer_crossings\x18\r \x01(\x04\x12\x1c\n\x14\x63rossing_seconds_p50\x18\x0e \x01(\x01\x12\x1c\n\x14\x63rossing_seconds_p99\x18\x0f \x01(\x01\x12!\n\x19\x63rossing_wait_seconds_p50\x18\x10 \x01(\x01\x12!\n\x19\x63rossing_wait_seconds_p99\x18\x11 \x01(\x01\x12\'\n\x02kv\x18\x12 \x01(\x0b\x32\x1b.model1.v1.AttentionKvStats\x12.\n\x10\x63rossing_seconds\x18\x13 \x01(\x0b\x32\x14.model1.v1.Histogram\x12\x33\n\x15\x63rossing_wait_seconds\x18\x14 \x01(\x0b\x32\x14.model1.v1.Histogram\x12+\n\rqueue_seconds\x18\x15 \x01(\x0b\x32\x14.model1.v1.Histogram\x12\x31\n\x13\x66irst_token_seconds\x18\x16 \x01(\x0b\x32\x14.model1.v1.Histogram\x12*\n\x0cstep_seconds\x18\x17 \x01(\x0b\x32\x14.model1.v1.Histogram\x12\x16\n\x0e\x66illed_seconds\x18\x18 \x01(\x01\x12\x1e\n\x16oldest_waiting_seconds\x18\x19 \x01(\x01\"\xfb\x02\n\x10\x41ttentionKvStats\x12\x14\n\x0c\x61sked_tokens\x18\x01 \x01(\x04\x12+\n\x03hit\x18\x02 \x01(\x0b\x32\x1e.model1.v1.AttentionTierTokens\x12\x30\n\x08restored\x18\x03 \x01(\x0b\x32\x1e.model1.v1.AttentionTierTokens\x12\x17\n\x0f\x63omputed_tokens\x18\x04 \x01(\x04\x12\x16\n\x0eskipped_tokens\x18\x05 \x01(\x04\x12\x15\n\rfailed_tokens\x18\x06 \x01(\x04\x12\x13\n\x0blate_tokens\x18\x07 \x01(\x04\x12\x13\n\x0bsaved_blobs\x18\x08 \x01(\x04\x12\x15\n\rdropped_blobs\x18\t \x01(\x04\x12\x13\n\x0bheld_blocks\x18\n \x01(\r\x12\x15\n\rcached_blocks\x18\x0b \x01(\r\x12\x12\n\nmax_blocks\x18\x0c \x01(\r\x12\x12\n\npool_bytes\x18\r \x01(\x04\x12\x15\n\rwaiting_blobs\x18\x0e \x01(\x04\"\\\n\x13\x41ttentionTierTokens\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\x04\x12\x0b\n\x03ram\x18\x02 \x01(\x04\x12\x0c\n\x04\x64isk\x18\x03 \x01(\x04\x12\x0c\n\x04peer\x18\x04 \x01(\x04\x12\x0c\n\x04\x63old\x18\x05 \x01(\x04\".\n\x15\x41ttentionDrainRequest\x12\x15\n\rgrace_seconds\x18\x01 \x01(\x01\"2\n\x16\x41ttentionDrainResponse\x12\x18\n\x10\x61\x62orted_requests\x18\x01 \x01(\r\"\'\n\x17\x41ttentionReleaseRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"*\n\x18\x41ttentionReleaseResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r2\xa2\x03\n\tAttention\x12W\n\x08Generate\x12#.model1.v1.AttentionGenerateRequest\x1a$.model1.v1.AttentionGenerateResponse0\x01\x12L\n\x05\x41\x62ort\x12 .model1.v1.AttentionAbortRequest\x1a!.model1.v1.AttentionAbortResponse\x12L\n\x05Stats\x12 .model1.v1.AttentionStatsRequest\x1a!.model1.v1.AttentionStatsResponse\x12L\n\x05\x44rain\x12 .model1.v1.AttentionDrainRequest\x1a!.model1.v1.AttentionDrainResponse\x12R\n\x07Release\x12\".model1.v1.AttentionReleaseRequest\x1a#.model1.v1.AttentionReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.attention_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ATTENTIONGENERATEREQUEST']._serialized_start=62
-  _globals['_ATTENTIONGENERATEREQUEST']._serialized_end=276
-  _globals['_ATTENTIONGENERATERESPONSE']._serialized_start=279
-  _globals['_ATTENTIONGENERATERESPONSE']._serialized_end=455
-  _globals['_ATTENTIONACCEPTED']._serialized_start=457
-  _globals['_ATTENTIONACCEPTED']._serialized_end=493
-  _globals['_ATTENTIONTOKENS']._serialized_start=495
-  _globals['_ATTENTIONTOKENS']._serialized_end=563
-  _globals['_ATTENTIONFINAL']._serialized_start=565
-  _globals['_ATTENTIONFINAL']._serialized_end=635
-  _globals['_ATTENTIONABORTREQUEST']._serialized_start=637
-  _globals['_ATTENTIONABORTREQUEST']._serialized_end=680
-  _globals['_ATTENTIONABORTRESPONSE']._serialized_start=682
-  _globals['_ATTENTIONABORTRESPONSE']._serialized_end=706
-  _globals['_ATTENTIONSTATSREQUEST']._serialized_start=708
-  _globals['_ATTENTIONSTATSREQUEST']._serialized_end=754
-  _globals['_ATTENTIONSTATSRESPONSE']._serialized_start=757
-  _globals['_ATTENTIONSTATSRESPONSE']._serialized_end=1267
-  _globals['_ATTENTIONKVSTATS']._serialized_start=1270
-  _globals['_ATTENTIONKVSTATS']._serialized_end=1649
-  _globals['_ATTENTIONTIERTOKENS']._serialized_start=1651
-  _globals['_ATTENTIONTIERTOKENS']._serialized_end=1743
-  _globals['_ATTENTIONDRAINREQUEST']._serialized_start=1745
-  _globals['_ATTENTIONDRAINREQUEST']._serialized_end=1791
-  _globals['_ATTENTIONDRAINRESPONSE']._serialized_start=1793
-  _globals['_ATTENTIONDRAINRESPONSE']._serialized_end=1843
-  _globals['_ATTENTIONRELEASEREQUEST']._serialized_start=1845
-  _globals['_ATTENTIONRELEASEREQUEST']._serialized_end=1884
-  _globals['_ATTENTIONRELEASERESPONSE']._serialized_start=1886
-  _globals['_ATTENTIONRELEASERESPONSE']._serialized_end=1928
-  _globals['_ATTENTION']._serialized_start=1931
-  _globals['_ATTENTION']._serialized_end=2349
+  _globals['_ATTENTIONGENERATEREQUEST']._serialized_start=86
+  _globals['_ATTENTIONGENERATEREQUEST']._serialized_end=300
+  _globals['_ATTENTIONGENERATERESPONSE']._serialized_start=303
+  _globals['_ATTENTIONGENERATERESPONSE']._serialized_end=479
+  _globals['_ATTENTIONACCEPTED']._serialized_start=481
+  _globals['_ATTENTIONACCEPTED']._serialized_end=517
+  _globals['_ATTENTIONTOKENS']._serialized_start=519
+  _globals['_ATTENTIONTOKENS']._serialized_end=587
+  _globals['_ATTENTIONFINAL']._serialized_start=589
+  _globals['_ATTENTIONFINAL']._serialized_end=659
+  _globals['_ATTENTIONABORTREQUEST']._serialized_start=661
+  _globals['_ATTENTIONABORTREQUEST']._serialized_end=704
+  _globals['_ATTENTIONABORTRESPONSE']._serialized_start=706
+  _globals['_ATTENTIONABORTRESPONSE']._serialized_end=730
+  _globals['_ATTENTIONSTATSREQUEST']._serialized_start=732
+  _globals['_ATTENTIONSTATSREQUEST']._serialized_end=778
+  _globals['_ATTENTIONSTATSRESPONSE']._serialized_start=781
+  _globals['_ATTENTIONSTATSRESPONSE']._serialized_end=1588
+  _globals['_ATTENTIONKVSTATS']._serialized_start=1591
+  _globals['_ATTENTIONKVSTATS']._serialized_end=1970
+  _globals['_ATTENTIONTIERTOKENS']._serialized_start=1972
+  _globals['_ATTENTIONTIERTOKENS']._serialized_end=2064
+  _globals['_ATTENTIONDRAINREQUEST']._serialized_start=2066
+  _globals['_ATTENTIONDRAINREQUEST']._serialized_end=2112
+  _globals['_ATTENTIONDRAINRESPONSE']._serialized_start=2114
+  _globals['_ATTENTIONDRAINRESPONSE']._serialized_end=2164
+  _globals['_ATTENTIONRELEASEREQUEST']._serialized_start=2166
+  _globals['_ATTENTIONRELEASEREQUEST']._serialized_end=2205
+  _globals['_ATTENTIONRELEASERESPONSE']._serialized_start=2207
+  _globals['_ATTENTIONRELEASERESPONSE']._serialized_end=2249
+  _globals['_ATTENTION']._serialized_start=2252
+  _globals['_ATTENTION']._serialized_end=2670
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from protos import histogram_pb2 as _histogram_pb2
 from protos import inference_pb2 as _inference_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -78,7 +79,7 @@ class AttentionStatsRequest(_message.Message):
     def __init__(self, crossing_rows: _Optional[int] = ...) -> None: ...
 
 class AttentionStatsResponse(_message.Message):
-    __slots__ = ("worker", "draining", "waiting_sequences", "running_sequences", "accepted_requests", "finished_requests", "cancelled_requests", "failed_requests", "steps", "prompt_tokens", "completion_tokens", "largest_batch_tokens", "layer_crossings", "crossing_seconds_p50", "crossing_seconds_p99", "crossing_wait_seconds_p50", "crossing_wait_seconds_p99", "kv")
+    __slots__ = ("worker", "draining", "waiting_sequences", "running_sequences", "accepted_requests", "finished_requests", "cancelled_requests", "failed_requests", "steps", "prompt_tokens", "completion_tokens", "largest_batch_tokens", "layer_crossings", "crossing_seconds_p50", "crossing_seconds_p99", "crossing_wait_seconds_p50", "crossing_wait_seconds_p99", "kv", "crossing_seconds", "crossing_wait_seconds", "queue_seconds", "first_token_seconds", "step_seconds", "filled_seconds", "oldest_waiting_seconds")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +98,13 @@ class AttentionStatsResponse(_message.Message):
     CROSSING_WAIT_SECONDS_P50_FIELD_NUMBER: _ClassVar[int]
     CROSSING_WAIT_SECONDS_P99_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
+    CROSSING_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CROSSING_WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FILLED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_WAITING_SECONDS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     draining: bool
     waiting_sequences: int
@@ -115,7 +123,14 @@ class AttentionStatsResponse(_message.Message):
     crossing_wait_seconds_p50: float
     crossing_wait_seconds_p99: float
     kv: AttentionKvStats
-    def __init__(self, worker: _Optional[str] = ..., draining: _Optional[bool] = ..., waiting_sequences: _Optional[int] = ..., running_sequences: _Optional[int] = ..., accepted_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., largest_batch_tokens: _Optional[int] = ..., layer_crossings: _Optional[int] = ..., crossing_seconds_p50: _Optional[float] = ..., crossing_seconds_p99: _Optional[float] = ..., crossing_wait_seconds_p50: _Optional[float] = ..., crossing_wait_seconds_p99: _Optional[float] = ..., kv: _Optional[_Union[AttentionKvStats, _Mapping]] = ...) -> None: ...
+    crossing_seconds: _histogram_pb2.Histogram
+    crossing_wait_seconds: _histogram_pb2.Histogram
+    queue_seconds: _histogram_pb2.Histogram
+    first_token_seconds: _histogram_pb2.Histogram
+    step_seconds: _histogram_pb2.Histogram
+    filled_seconds: float
+    oldest_waiting_seconds: float
+    def __init__(self, worker: _Optional[str] = ..., draining: _Optional[bool] = ..., waiting_sequences: _Optional[int] = ..., running_sequences: _Optional[int] = ..., accepted_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., largest_batch_tokens: _Optional[int] = ..., layer_crossings: _Optional[int] = ..., crossing_seconds_p50: _Optional[float] = ..., crossing_seconds_p99: _Optional[float] = ..., crossing_wait_seconds_p50: _Optional[float] = ..., crossing_wait_seconds_p99: _Optional[float] = ..., kv: _Optional[_Union[AttentionKvStats, _Mapping]] = ..., crossing_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., crossing_wait_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., queue_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., first_token_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., step_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., filled_seconds: _Optional[float] = ..., oldest_waiting_seconds: _Optional[float] = ...) -> None: ...
 
 class AttentionKvStats(_message.Message):
     __slots__ = ("asked_tokens", "hit", "restored", "computed_tokens", "skipped_tokens", "failed_tokens", "late_tokens", "saved_blobs", "dropped_blobs", "held_blocks", "cached_blocks", "max_blocks", "pool_bytes", "waiting_blobs")

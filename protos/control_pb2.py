@@ -23,72 +23,79 @@ _sym_db = _symbol_database.Default()
 
 
 from protos import attention_pb2 as protos_dot_attention__pb2
+from protos import expert_pb2 as protos_dot_expert__pb2
+from protos import histogram_pb2 as protos_dot_histogram__pb2
 from protos import kvstore_pb2 as protos_dot_kvstore__pb2
+from protos import router_pb2 as protos_dot_router__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/control.proto\x12\tmodel1.v1\x1a\x16protos/attention.proto\x1a\x14protos/kvstore.proto\"\x16\n\x14GetServerInfoRequest\"\x9d\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x61\x63tive_requests\x18\x03 \x01(\r\x12\x1b\n\x13max_active_requests\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x13\n\x0bmetrics_url\x18\x06 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\xee\x01\n\x14GetModelInfoResponse\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x1a\n\x12max_context_length\x18\x03 \x01(\r\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\x04 \x01(\r\x12\x19\n\x0c\x62os_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11num_hidden_layers\x18\x07 \x01(\r\x12\x18\n\x10n_routed_experts\x18\x08 \x01(\rB\x0f\n\r_bos_token_id\"\x14\n\x12GetTopologyRequest\"\xb2\x01\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0f\n\x07node_id\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x10\n\x08requests\x18\x07 \x01(\x04\x12\x19\n\x0c\x65xpert_group\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08restarts\x18\t \x01(\rB\x0f\n\r_expert_group\"H\n\x13GetTopologyResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\"\n\x07members\x18\x02 \x03(\x0b\x32\x11.model1.v1.Member\"r\n\x0cScaleRequest\x12*\n\x07\x65xperts\x18\x01 \x01(\x0b\x32\x17.model1.v1.ScaleExpertsH\x00\x12.\n\tattention\x18\x02 \x01(\x0b\x32\x19.model1.v1.ScaleAttentionH\x00\x42\x06\n\x04what\">\n\x0cScaleExperts\x12\x10\n\x08replicas\x18\x01 \x01(\r\x12\x12\n\x05group\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_group\"\"\n\x0eScaleAttention\x12\x10\n\x08replicas\x18\x01 \x01(\r\">\n\rScaleResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x02 \x03(\t\x12\x0f\n\x07removed\x18\x03 \x03(\t\"\x1d\n\x0c\x44rainRequest\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\"/\n\rDrainResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07removed\x18\x02 \x03(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x13\n\x11GetKvStatsRequest\"j\n\x12GetKvStatsResponse\x12(\n\x06stores\x18\x01 \x03(\x0b\x32\x18.model1.v1.KvStatOfStore\x12*\n\x07workers\x18\x02 \x03(\x0b\x32\x19.model1.v1.KvStatOfWorker\"k\n\rKvStatOfStore\x12\r\n\x05store\x18\x01 \x01(\t\x12)\n\x04stat\x18\x02 \x01(\x0b\x32\x19.model1.v1.KvStatResponseH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome\"o\n\x0eKvStatOfWorker\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12+\n\x04stat\x18\x02 \x01(\x0b\x32\x1b.model1.v1.AttentionKvStatsH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome\"B\n\x0fVerifyKvRequest\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.model1.v1.KvTier\x12\x0e\n\x06repair\x18\x02 \x01(\x08\"<\n\x10VerifyKvResponse\x12(\n\x06stores\x18\x01 \x03(\x0b\x32\x18.model1.v1.VerifiedStore\"q\n\rVerifiedStore\x12\r\n\x05store\x18\x01 \x01(\t\x12/\n\x08verified\x18\x02 \x01(\x0b\x32\x1b.model1.v1.KvVerifyResponseH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome\"@\n\x0e\x45victKvRequest\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.model1.v1.KvTier\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\":\n\x0f\x45victKvResponse\x12\'\n\x06stores\x18\x01 \x03(\x0b\x32\x17.model1.v1.EvictedStore\"n\n\x0c\x45victedStore\x12\r\n\x05store\x18\x01 \x01(\t\x12-\n\x07\x65victed\x18\x02 \x01(\x0b\x32\x1a.model1.v1.KvEvictResponseH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome\"\x12\n\x10\x43ollectKvRequest\">\n\x11\x43ollectKvResponse\x12)\n\x06stores\x18\x01 \x03(\x0b\x32\x19.model1.v1.CollectedStore\"o\n\x0e\x43ollectedStore\x12\r\n\x05store\x18\x01 \x01(\t\x12,\n\tcollected\x18\x02 \x01(\x0b\x32\x17.model1.v1.KvGcResponseH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome2\xca\x05\n\x07\x43ontrol\x12R\n\rGetServerInfo\x12\x1f.model1.v1.GetServerInfoRequest\x1a .model1.v1.GetServerInfoResponse\x12O\n\x0cGetModelInfo\x12\x1e.model1.v1.GetModelInfoRequest\x1a\x1f.model1.v1.GetModelInfoResponse\x12L\n\x0bGetTopology\x12\x1d.model1.v1.GetTopologyRequest\x1a\x1e.model1.v1.GetTopologyResponse\x12:\n\x05\x41\x62ort\x12\x17.model1.v1.AbortRequest\x1a\x18.model1.v1.AbortResponse\x12:\n\x05Scale\x12\x17.model1.v1.ScaleRequest\x1a\x18.model1.v1.ScaleResponse\x12:\n\x05\x44rain\x12\x17.model1.v1.DrainRequest\x1a\x18.model1.v1.DrainResponse\x12I\n\nGetKvStats\x12\x1c.model1.v1.GetKvStatsRequest\x1a\x1d.model1.v1.GetKvStatsResponse\x12\x43\n\x08VerifyKv\x12\x1a.model1.v1.VerifyKvRequest\x1a\x1b.model1.v1.VerifyKvResponse\x12@\n\x07\x45victKv\x12\x19.model1.v1.EvictKvRequest\x1a\x1a.model1.v1.EvictKvResponse\x12\x46\n\tCollectKv\x12\x1b.model1.v1.CollectKvRequest\x1a\x1c.model1.v1.CollectKvResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/control.proto\x12\tmodel1.v1\x1a\x16protos/attention.proto\x1a\x13protos/expert.proto\x1a\x16protos/histogram.proto\x1a\x14protos/kvstore.proto\x1a\x13protos/router.proto\"\x16\n\x14GetServerInfoRequest\"\x9d\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x61\x63tive_requests\x18\x03 \x01(\r\x12\x1b\n\x13max_active_requests\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x13\n\x0bmetrics_url\x18\x06 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\xee\x01\n\x14GetModelInfoResponse\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x1a\n\x12max_context_length\x18\x03 \x01(\r\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\x04 \x01(\r\x12\x19\n\x0c\x62os_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11num_hidden_layers\x18\x07 \x01(\r\x12\x18\n\x10n_routed_experts\x18\x08 \x01(\rB\x0f\n\r_bos_token_id\"\x14\n\x12GetTopologyRequest\"\xd7\x01\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0f\n\x07node_id\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x10\n\x08requests\x18\x07 \x01(\x04\x12\x19\n\x0c\x65xpert_group\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08restarts\x18\t \x01(\r\x12#\n\x05stats\x18\n \x01(\x0b\x32\x14.model1.v1.RoleStatsB\x0f\n\r_expert_group\"\xfe\x01\n\tRoleStats\x12\x10\n\x08requests\x18\x01 \x01(\x04\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12*\n\x07gateway\x18\x03 \x01(\x0b\x32\x17.model1.v1.GatewayStatsH\x00\x12\x36\n\tattention\x18\x04 \x01(\x0b\x32!.model1.v1.AttentionStatsResponseH\x00\x12\x30\n\x06router\x18\x05 \x01(\x0b\x32\x1e.model1.v1.RouterStatsResponseH\x00\x12\x30\n\x06\x65xpert\x18\x06 \x01(\x0b\x32\x1e.model1.v1.ExpertStatsResponseH\x00\x42\x06\n\x04role\"\xbd\x02\n\x0cGatewayStats\x12\x19\n\x11received_requests\x18\x01 \x01(\x04\x12\x19\n\x11\x66inished_requests\x18\x02 \x01(\x04\x12\x1a\n\x12\x63\x61ncelled_requests\x18\x03 \x01(\x04\x12\x19\n\x11rejected_requests\x18\x04 \x01(\x04\x12\x17\n\x0f\x66\x61iled_requests\x18\x05 \x01(\x04\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\r\x12\x1b\n\x13max_active_requests\x18\x07 \x01(\r\x12\x18\n\x10generated_tokens\x18\x08 \x01(\x04\x12\r\n\x05waits\x18\t \x01(\x04\x12\x15\n\rcontinuations\x18\n \x01(\x04\x12\x31\n\x13\x66irst_token_seconds\x18\x0b \x01(\x0b\x32\x14.model1.v1.Histogram\"H\n\x13GetTopologyResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\"\n\x07members\x18\x02 \x03(\x0b\x32\x11.model1.v1.Member\"r\n\x0cScaleRequest\x12*\n\x07\x65xperts\x18\x01 \x01(\x0b\x32\x17.model1.v1.ScaleExpertsH\x00\x12.\n\tattention\x18\x02 \x01(\x0b\x32\x19.model1.v1.ScaleAttentionH\x00\x42\x06\n\x04what\">\n\x0cScaleExperts\x12\x10\n\x08replicas\x18\x01 \x01(\r\x12\x12\n\x05group\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_group\"\"\n\x0eScaleAttention\x12\x10\n\x08replicas\x18\x01 \x01(\r\">\n\rScaleResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x02 \x03(\t\x12\x0f\n\x07removed\x18\x03 \x03(\t\"\x1d\n\x0c\x44rainRequest\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\"/\n\rDrainResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07removed\x18\x02 \x03(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x13\n\x11GetKvStatsRequest\"j\n\x12GetKvStatsResponse\x12(\n\x06stores\x18\x01 \x03(\x0b\x32\x18.model1.v1.KvStatOfStore\x12*\n\x07workers\x18\x02 \x03(\x0b\x32\x19.model1.v1.KvStatOfWorker\"k\n\rKvStatOfStore\x12\r\n\x05store\x18\x01 \x01(\t\x12)\n\x04stat\x18\x02 \x01(\x0b\x32\x19.model1.v1.KvStatResponseH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome\"o\n\x0eKvStatOfWorker\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12+\n\x04stat\x18\x02 \x01(\x0b\x32\x1b.model1.v1.AttentionKvStatsH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome\"B\n\x0fVerifyKvRequest\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.model1.v1.KvTier\x12\x0e\n\x06repair\x18\x02 \x01(\x08\"<\n\x10VerifyKvResponse\x12(\n\x06stores\x18\x01 \x03(\x0b\x32\x18.model1.v1.VerifiedStore\"q\n\rVerifiedStore\x12\r\n\x05store\x18\x01 \x01(\t\x12/\n\x08verified\x18\x02 \x01(\x0b\x32\x1b.model1.v1.KvVerifyResponseH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome\"@\n\x0e\x45victKvRequest\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.model1.v1.KvTier\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\":\n\x0f\x45victKvResponse\x12\'\n\x06stores\x18\x01 \x03(\x0b\x32\x17.model1.v1.EvictedStore\"n\n\x0c\x45victedStore\x12\r\n\x05store\x18\x01 \x01(\t\x12-\n\x07\x65victed\x18\x02 \x01(\x0b\x32\x1a.model1.v1.KvEvictResponseH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome\"\x12\n\x10\x43ollectKvRequest\">\n\x11\x43ollectKvResponse\x12)\n\x06stores\x18\x01 \x03(\x0b\x32\x19.model1.v1.CollectedStore\"o\n\x0e\x43ollectedStore\x12\r\n\x05store\x18\x01 \x01(\t\x12,\n\tcollected\x18\x02 \x01(\x0b\x32\x17.model1.v1.KvGcResponseH\x00\x12\x15\n\x0bunavailable\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome2\xca\x05\n\x07\x43ontrol\x12R\n\rGetServerInfo\x12\x1f.model1.v1.GetServerInfoRequest\x1a .model1.v1.GetServerInfoResponse\x12O\n\x0cGetModelInfo\x12\x1e.model1.v1.GetModelInfoRequest\x1a\x1f.model1.v1.GetModelInfoResponse\x12L\n\x0bGetTopology\x12\x1d.model1.v1.GetTopologyRequest\x1a\x1e.model1.v1.GetTopologyResponse\x12:\n\x05\x41\x62ort\x12\x17.model1.v1.AbortRequest\x1a\x18.model1.v1.AbortResponse\x12:\n\x05Scale\x12\x17.model1.v1.ScaleRequest\x1a\x18.model1.v1.ScaleResponse\x12:\n\x05\x44rain\x12\x17.model1.v1.DrainRequest\x1a\x18.model1.v1.DrainResponse\x12I\n\nGetKvStats\x12\x1c.model1.v1.GetKvStatsRequest\x1a\x1d.model1.v1.GetKvStatsResponse\x12\x43\n\x08VerifyKv\x12\x1a.model1.v1.VerifyKvRequest\x1a\x1b.model1.v1.VerifyKvResponse\x12@\n\x07\x45victKv\x12\x19.model1.v1.EvictKvRequest\x1a\x1a.model1.v1.EvictKvResponse\x12\x46\n\tCollectKv\x12\x1b.model1.v1.CollectKvRequest\x1a\x1c.model1.v1.CollectKvResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=81
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=103
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=106
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=263
-  _globals['_GETMODELINFOREQUEST']._serialized_start=265
-  _globals['_GETMODELINFOREQUEST']._serialized_end=286
-  _globals['_GETMODELINFORESPONSE']._serialized_start=289
-  _globals['_GETMODELINFORESPONSE']._serialized_end=527
-  _globals['_GETTOPOLOGYREQUEST']._serialized_start=529
-  _globals['_GETTOPOLOGYREQUEST']._serialized_end=549
-  _globals['_MEMBER']._serialized_start=552
-  _globals['_MEMBER']._serialized_end=730
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=732
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=804
-  _globals['_SCALEREQUEST']._serialized_start=806
-  _globals['_SCALEREQUEST']._serialized_end=920
-  _globals['_SCALEEXPERTS']._serialized_start=922
-  _globals['_SCALEEXPERTS']._serialized_end=984
-  _globals['_SCALEATTENTION']._serialized_start=986
-  _globals['_SCALEATTENTION']._serialized_end=1020
-  _globals['_SCALERESPONSE']._serialized_start=1022
-  _globals['_SCALERESPONSE']._serialized_end=1084
-  _globals['_DRAINREQUEST']._serialized_start=1086
-  _globals['_DRAINREQUEST']._serialized_end=1115
-  _globals['_DRAINRESPONSE']._serialized_start=1117
-  _globals['_DRAINRESPONSE']._serialized_end=1164
-  _globals['_ABORTREQUEST']._serialized_start=1166
-  _globals['_ABORTREQUEST']._serialized_end=1200
-  _globals['_ABORTRESPONSE']._serialized_start=1202
-  _globals['_ABORTRESPONSE']._serialized_end=1217
-  _globals['_GETKVSTATSREQUEST']._serialized_start=1219
-  _globals['_GETKVSTATSREQUEST']._serialized_end=1238
-  _globals['_GETKVSTATSRESPONSE']._serialized_start=1240
-  _globals['_GETKVSTATSRESPONSE']._serialized_end=1346
-  _globals['_KVSTATOFSTORE']._serialized_start=1348
-  _globals['_KVSTATOFSTORE']._serialized_end=1455
-  _globals['_KVSTATOFWORKER']._serialized_start=1457
-  _globals['_KVSTATOFWORKER']._serialized_end=1568
-  _globals['_VERIFYKVREQUEST']._serialized_start=1570
-  _globals['_VERIFYKVREQUEST']._serialized_end=1636
-  _globals['_VERIFYKVRESPONSE']._serialized_start=1638
-  _globals['_VERIFYKVRESPONSE']._serialized_end=1698
-  _globals['_VERIFIEDSTORE']._serialized_start=1700
-  _globals['_VERIFIEDSTORE']._serialized_end=1813
-  _globals['_EVICTKVREQUEST']._serialized_start=1815
-  _globals['_EVICTKVREQUEST']._serialized_end=1879
-  _globals['_EVICTKVRESPONSE']._serialized_start=1881
-  _globals['_EVICTKVRESPONSE']._serialized_end=1939
-  _globals['_EVICTEDSTORE']._serialized_start=1941
-  _globals['_EVICTEDSTORE']._serialized_end=2051
-  _globals['_COLLECTKVREQUEST']._serialized_start=2053
-  _globals['_COLLECTKVREQUEST']._serialized_end=2071
-  _globals['_COLLECTKVRESPONSE']._serialized_start=2073
-  _globals['_COLLECTKVRESPONSE']._serialized_end=2135
-  _globals['_COLLECTEDSTORE']._serialized_start=2137
-  _globals['_COLLECTEDSTORE']._serialized_end=2248
-  _globals['_CONTROL']._serialized_start=2251
-  _globals['_CONTROL']._serialized_end=2965
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=147
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=169
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=172
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=329
+  _globals['_GETMODELINFOREQUEST']._serialized_start=331
+  _globals['_GETMODELINFOREQUEST']._serialized_end=352
+  _globals['_GETMODELINFORESPONSE']._serialized_start=355
+  _globals['_GETMODELINFORESPONSE']._serialized_end=593
+  _globals['_GETTOPOLOGYREQUEST']._serialized_start=595
+  _globals['_GETTOPOLOGYREQUEST']._serialized_end=615
+  _globals['_MEMBER']._serialized_start=618
+  _globals['_MEMBER']._serialized_end=833
+  _globals['_ROLESTATS']._serialized_start=836
+  _globals['_ROLESTATS']._serialized_end=1090
+  _globals['_GATEWAYSTATS']._serialized_start=1093
+  _globals['_GATEWAYSTATS']._serialized_end=1410
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=1412
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=1484
+  _globals['_SCALEREQUEST']._serialized_start=1486
+  _globals['_SCALEREQUEST']._serialized_end=1600
+  _globals['_SCALEEXPERTS']._serialized_start=1602
+  _globals['_SCALEEXPERTS']._serialized_end=1664
+  _globals['_SCALEATTENTION']._serialized_start=1666
+  _globals['_SCALEATTENTION']._serialized_end=1700
+  _globals['_SCALERESPONSE']._serialized_start=1702
+  _globals['_SCALERESPONSE']._serialized_end=1764
+  _globals['_DRAINREQUEST']._serialized_start=1766
+  _globals['_DRAINREQUEST']._serialized_end=1795
+  _globals['_DRAINRESPONSE']._serialized_start=1797
+  _globals['_DRAINRESPONSE']._serialized_end=1844
+  _globals['_ABORTREQUEST']._serialized_start=1846
+  _globals['_ABORTREQUEST']._serialized_end=1880
+  _globals['_ABORTRESPONSE']._serialized_start=1882
+  _globals['_ABORTRESPONSE']._serialized_end=1897
+  _globals['_GETKVSTATSREQUEST']._serialized_start=1899
+  _globals['_GETKVSTATSREQUEST']._serialized_end=1918
+  _globals['_GETKVSTATSRESPONSE']._serialized_start=1920
+  _globals['_GETKVSTATSRESPONSE']._serialized_end=2026
+  _globals['_KVSTATOFSTORE']._serialized_start=2028
+  _globals['_KVSTATOFSTORE']._serialized_end=2135
+  _globals['_KVSTATOFWORKER']._serialized_start=2137
+  _globals['_KVSTATOFWORKER']._serialized_end=2248
+  _globals['_VERIFYKVREQUEST']._serialized_start=2250
+  _globals['_VERIFYKVREQUEST']._serialized_end=2316
+  _globals['_VERIFYKVRESPONSE']._serialized_start=2318
+  _globals['_VERIFYKVRESPONSE']._serialized_end=2378
+  _globals['_VERIFIEDSTORE']._serialized_start=2380
+  _globals['_VERIFIEDSTORE']._serialized_end=2493
+  _globals['_EVICTKVREQUEST']._serialized_start=2495
+  _globals['_EVICTKVREQUEST']._serialized_end=2559
+  _globals['_EVICTKVRESPONSE']._serialized_start=2561
+  _globals['_EVICTKVRESPONSE']._serialized_end=2619
+  _globals['_EVICTEDSTORE']._serialized_start=2621
+  _globals['_EVICTEDSTORE']._serialized_end=2731
+  _globals['_COLLECTKVREQUEST']._serialized_start=2733
+  _globals['_COLLECTKVREQUEST']._serialized_end=2751
+  _globals['_COLLECTKVRESPONSE']._serialized_start=2753
+  _globals['_COLLECTKVRESPONSE']._serialized_end=2815
+  _globals['_COLLECTEDSTORE']._serialized_start=2817
+  _globals['_COLLECTEDSTORE']._serialized_end=2928
+  _globals['_CONTROL']._serialized_start=2931
+  _globals['_CONTROL']._serialized_end=3645
 # @@protoc_insertion_point(module_scope)

@@ -1,5 +1,8 @@
 from protos import attention_pb2 as _attention_pb2
+from protos import expert_pb2 as _expert_pb2
+from protos import histogram_pb2 as _histogram_pb2
 from protos import kvstore_pb2 as _kvstore_pb2
+from protos import router_pb2 as _router_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -57,7 +60,7 @@ class GetTopologyRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("name", "role", "address", "pid", "node_id", "state", "requests", "expert_group", "restarts")
+    __slots__ = ("name", "role", "address", "pid", "node_id", "state", "requests", "expert_group", "restarts", "stats")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +70,7 @@ class Member(_message.Message):
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_GROUP_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    STATS_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     address: str
@@ -76,7 +80,50 @@ class Member(_message.Message):
     requests: int
     expert_group: int
     restarts: int
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., state: _Optional[str] = ..., requests: _Optional[int] = ..., expert_group: _Optional[int] = ..., restarts: _Optional[int] = ...) -> None: ...
+    stats: RoleStats
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., state: _Optional[str] = ..., requests: _Optional[int] = ..., expert_group: _Optional[int] = ..., restarts: _Optional[int] = ..., stats: _Optional[_Union[RoleStats, _Mapping]] = ...) -> None: ...
+
+class RoleStats(_message.Message):
+    __slots__ = ("requests", "seconds", "gateway", "attention", "router", "expert")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    requests: int
+    seconds: float
+    gateway: GatewayStats
+    attention: _attention_pb2.AttentionStatsResponse
+    router: _router_pb2.RouterStatsResponse
+    expert: _expert_pb2.ExpertStatsResponse
+    def __init__(self, requests: _Optional[int] = ..., seconds: _Optional[float] = ..., gateway: _Optional[_Union[GatewayStats, _Mapping]] = ..., attention: _Optional[_Union[_attention_pb2.AttentionStatsResponse, _Mapping]] = ..., router: _Optional[_Union[_router_pb2.RouterStatsResponse, _Mapping]] = ..., expert: _Optional[_Union[_expert_pb2.ExpertStatsResponse, _Mapping]] = ...) -> None: ...
+
+class GatewayStats(_message.Message):
+    __slots__ = ("received_requests", "finished_requests", "cancelled_requests", "rejected_requests", "failed_requests", "active_requests", "max_active_requests", "generated_tokens", "waits", "continuations", "first_token_seconds")
+    RECEIVED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
+    CONTINUATIONS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    received_requests: int
+    finished_requests: int
+    cancelled_requests: int
+    rejected_requests: int
+    failed_requests: int
+    active_requests: int
+    max_active_requests: int
+    generated_tokens: int
+    waits: int
+    continuations: int
+    first_token_seconds: _histogram_pb2.Histogram
+    def __init__(self, received_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., rejected_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., active_requests: _Optional[int] = ..., max_active_requests: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., waits: _Optional[int] = ..., continuations: _Optional[int] = ..., first_token_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ...) -> None: ...
 
 class GetTopologyResponse(_message.Message):
     __slots__ = ("epoch", "members")

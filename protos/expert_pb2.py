@@ -22,24 +22,25 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from protos import histogram_pb2 as protos_dot_histogram__pb2
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\tmodel1.v1\x1a\x13protos/tensor.proto\"\xf9\x01\n\nExpertRows\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x1f\n\x05\x64type\x18\x03 \x01(\x0e\x32\x10.model1.v1.DType\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x11\n\tnum_pairs\x18\x06 \x01(\r\x12\x0c\n\x04rows\x18\x07 \x01(\x0c\x12\x11\n\trow_index\x18\x08 \x01(\x0c\x12\x12\n\nexpert_ids\x18\t \x01(\x0c\x12\x0f\n\x07weights\x18\n \x01(\x0c\x12\x18\n\x10\x64\x65\x61\x64line_seconds\x18\x0b \x01(\x01\x12\x10\n\x08\x63hecksum\x18\x0c \x01(\x06\"j\n\rExpertOutputs\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x11\n\tpair_rows\x18\x02 \x01(\x0c\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.model1.v1.CallError\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\"\x14\n\x12\x45xpertStatsRequest\"\xb8\x01\n\x13\x45xpertStatsResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\nexpert_ids\x18\x02 \x03(\r\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\x04\x12\x0c\n\x04rows\x18\x05 \x01(\x04\x12\r\n\x05pairs\x18\x06 \x01(\x04\x12\x14\n\x0c\x66\x61iled_calls\x18\x07 \x01(\x04\x12\x12\n\nlate_calls\x18\x08 \x01(\x04\x12\x14\n\x0c\x62usy_seconds\x18\t \x01(\x01\x32\x91\x01\n\x06\x45xpert\x12?\n\x08\x44ispatch\x12\x15.model1.v1.ExpertRows\x1a\x18.model1.v1.ExpertOutputs(\x01\x30\x01\x12\x46\n\x05Stats\x12\x1d.model1.v1.ExpertStatsRequest\x1a\x1e.model1.v1.ExpertStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\tmodel1.v1\x1a\x16protos/histogram.proto\x1a\x13protos/tensor.proto\"\xf9\x01\n\nExpertRows\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x1f\n\x05\x64type\x18\x03 \x01(\x0e\x32\x10.model1.v1.DType\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x11\n\tnum_pairs\x18\x06 \x01(\r\x12\x0c\n\x04rows\x18\x07 \x01(\x0c\x12\x11\n\trow_index\x18\x08 \x01(\x0c\x12\x12\n\nexpert_ids\x18\t \x01(\x0c\x12\x0f\n\x07weights\x18\n \x01(\x0c\x12\x18\n\x10\x64\x65\x61\x64line_seconds\x18\x0b \x01(\x01\x12\x10\n\x08\x63hecksum\x18\x0c \x01(\x06\"j\n\rExpertOutputs\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x11\n\tpair_rows\x18\x02 \x01(\x0c\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.model1.v1.CallError\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\"\x14\n\x12\x45xpertStatsRequest\"\xe7\x01\n\x13\x45xpertStatsResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\nexpert_ids\x18\x02 \x03(\r\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\x04\x12\x0c\n\x04rows\x18\x05 \x01(\x04\x12\r\n\x05pairs\x18\x06 \x01(\x04\x12\x14\n\x0c\x66\x61iled_calls\x18\x07 \x01(\x04\x12\x12\n\nlate_calls\x18\x08 \x01(\x04\x12\x14\n\x0c\x62usy_seconds\x18\t \x01(\x01\x12-\n\x0f\x63ompute_seconds\x18\n \x01(\x0b\x32\x14.model1.v1.Histogram2\x91\x01\n\x06\x45xpert\x12?\n\x08\x44ispatch\x12\x15.model1.v1.ExpertRows\x1a\x18.model1.v1.ExpertOutputs(\x01\x30\x01\x12\x46\n\x05Stats\x12\x1d.model1.v1.ExpertStatsRequest\x1a\x1e.model1.v1.ExpertStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EXPERTROWS']._serialized_start=56
-  _globals['_EXPERTROWS']._serialized_end=305
-  _globals['_EXPERTOUTPUTS']._serialized_start=307
-  _globals['_EXPERTOUTPUTS']._serialized_end=413
-  _globals['_EXPERTSTATSREQUEST']._serialized_start=415
-  _globals['_EXPERTSTATSREQUEST']._serialized_end=435
-  _globals['_EXPERTSTATSRESPONSE']._serialized_start=438
-  _globals['_EXPERTSTATSRESPONSE']._serialized_end=622
-  _globals['_EXPERT']._serialized_start=625
-  _globals['_EXPERT']._serialized_end=770
+  _globals['_EXPERTROWS']._serialized_start=80
+  _globals['_EXPERTROWS']._serialized_end=329
+  _globals['_EXPERTOUTPUTS']._serialized_start=331
+  _globals['_EXPERTOUTPUTS']._serialized_end=437
+  _globals['_EXPERTSTATSREQUEST']._serialized_start=439
+  _globals['_EXPERTSTATSREQUEST']._serialized_end=459
+  _globals['_EXPERTSTATSRESPONSE']._serialized_start=462
+  _globals['_EXPERTSTATSRESPONSE']._serialized_end=693
+  _globals['_EXPERT']._serialized_start=696
+  _globals['_EXPERT']._serialized_end=841
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from protos import histogram_pb2 as _histogram_pb2
 from protos import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -52,7 +53,7 @@ class ExpertStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ExpertStatsResponse(_message.Message):
-    __slots__ = ("replica", "expert_ids", "draining", "calls", "rows", "pairs", "failed_calls", "late_calls", "busy_seconds")
+    __slots__ = ("replica", "expert_ids", "draining", "calls", "rows", "pairs", "failed_calls", "late_calls", "busy_seconds", "compute_seconds")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +63,7 @@ class ExpertStatsResponse(_message.Message):
     FAILED_CALLS_FIELD_NUMBER: _ClassVar[int]
     LATE_CALLS_FIELD_NUMBER: _ClassVar[int]
     BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     replica: str
     expert_ids: _containers.RepeatedScalarFieldContainer[int]
     draining: bool
@@ -71,4 +73,5 @@ class ExpertStatsResponse(_message.Message):
     failed_calls: int
     late_calls: int
     busy_seconds: float
-    def __init__(self, replica: _Optional[str] = ..., expert_ids: _Optional[_Iterable[int]] = ..., draining: _Optional[bool] = ..., calls: _Optional[int] = ..., rows: _Optional[int] = ..., pairs: _Optional[int] = ..., failed_calls: _Optional[int] = ..., late_calls: _Optional[int] = ..., busy_seconds: _Optional[float] = ...) -> None: ...
+    compute_seconds: _histogram_pb2.Histogram
+    def __init__(self, replica: _Optional[str] = ..., expert_ids: _Optional[_Iterable[int]] = ..., draining: _Optional[bool] = ..., calls: _Optional[int] = ..., rows: _Optional[int] = ..., pairs: _Optional[int] = ..., failed_calls: _Optional[int] = ..., late_calls: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., compute_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ...) -> None: ...

@@ -22,26 +22,27 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from protos import histogram_pb2 as protos_dot_histogram__pb2
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/router.proto\x12\tmodel1.v1\x1a\x13protos/tensor.proto\"\xe8\x01\n\tLayerRows\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x63\x61ncel\x18\x02 \x01(\x08\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x1f\n\x05\x64type\x18\x04 \x01(\x0e\x32\x10.model1.v1.DType\x12\x10\n\x08num_rows\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x17\n\x0f\x65xperts_per_row\x18\x07 \x01(\r\x12\x0c\n\x04rows\x18\x08 \x01(\x0c\x12\x12\n\nexpert_ids\x18\t \x01(\x0c\x12\x0f\n\x07weights\x18\n \x01(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x0b \x01(\x01\"O\n\tLayerSums\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x0c\n\x04sums\x18\x02 \x01(\x0c\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.model1.v1.CallError\"\x14\n\x12RouterStatsRequest\"\xb3\x02\n\x13RouterStatsResponse\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05\x63\x61lls\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\x04\x12\x14\n\x0c\x66\x61iled_calls\x18\x05 \x01(\x04\x12\x14\n\x0cresent_parts\x18\x06 \x01(\x04\x12\x17\n\x0f\x63\x61lls_under_way\x18\x07 \x01(\r\x12/\n\x08replicas\x18\x08 \x03(\x0b\x32\x1d.model1.v1.RouterReplicaStats\x12\x15\n\rcalls_waiting\x18\t \x01(\r\x12\x14\n\x0chedged_parts\x18\n \x01(\x04\x12\x12\n\nhedges_won\x18\x0b \x01(\x04\x12\x13\n\x0bprobe_parts\x18\x0c \x01(\x04\x12\x14\n\x0c\x65xpert_pairs\x18\r \x03(\x04\"\xbb\x01\n\x12RouterReplicaStats\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\r\n\x05\x63\x61lls\x18\x03 \x01(\x04\x12\r\n\x05pairs\x18\x04 \x01(\x04\x12\x19\n\x11outstanding_pairs\x18\x05 \x01(\x04\x12\x0e\n\x06\x62reaks\x18\x06 \x01(\x04\x12\x0f\n\x07suspect\x18\x07 \x01(\x08\x12\x10\n\x08slowness\x18\x08 \x01(\x01\x12\x15\n\rwrong_answers\x18\t \x01(\x04\x32\x8c\x01\n\x06Router\x12:\n\x08\x44ispatch\x12\x14.model1.v1.LayerRows\x1a\x14.model1.v1.LayerSums(\x01\x30\x01\x12\x46\n\x05Stats\x12\x1d.model1.v1.RouterStatsRequest\x1a\x1e.model1.v1.RouterStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/router.proto\x12\tmodel1.v1\x1a\x16protos/histogram.proto\x1a\x13protos/tensor.proto\"\xe8\x01\n\tLayerRows\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x63\x61ncel\x18\x02 \x01(\x08\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x1f\n\x05\x64type\x18\x04 \x01(\x0e\x32\x10.model1.v1.DType\x12\x10\n\x08num_rows\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x17\n\x0f\x65xperts_per_row\x18\x07 \x01(\r\x12\x0c\n\x04rows\x18\x08 \x01(\x0c\x12\x12\n\nexpert_ids\x18\t \x01(\x0c\x12\x0f\n\x07weights\x18\n \x01(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x0b \x01(\x01\"O\n\tLayerSums\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x0c\n\x04sums\x18\x02 \x01(\x0c\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.model1.v1.CallError\"\x14\n\x12RouterStatsRequest\"\xb3\x02\n\x13RouterStatsResponse\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05\x63\x61lls\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\x04\x12\x14\n\x0c\x66\x61iled_calls\x18\x05 \x01(\x04\x12\x14\n\x0cresent_parts\x18\x06 \x01(\x04\x12\x17\n\x0f\x63\x61lls_under_way\x18\x07 \x01(\r\x12/\n\x08replicas\x18\x08 \x03(\x0b\x32\x1d.model1.v1.RouterReplicaStats\x12\x15\n\rcalls_waiting\x18\t \x01(\r\x12\x14\n\x0chedged_parts\x18\n \x01(\x04\x12\x12\n\nhedges_won\x18\x0b \x01(\x04\x12\x13\n\x0bprobe_parts\x18\x0c \x01(\x04\x12\x14\n\x0c\x65xpert_pairs\x18\r \x03(\x04\"\xe9\x01\n\x12RouterReplicaStats\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\r\n\x05\x63\x61lls\x18\x03 \x01(\x04\x12\r\n\x05pairs\x18\x04 \x01(\x04\x12\x19\n\x11outstanding_pairs\x18\x05 \x01(\x04\x12\x0e\n\x06\x62reaks\x18\x06 \x01(\x04\x12\x0f\n\x07suspect\x18\x07 \x01(\x08\x12\x10\n\x08slowness\x18\x08 \x01(\x01\x12\x15\n\rwrong_answers\x18\t \x01(\x04\x12,\n\x0e\x61nswer_seconds\x18\n \x01(\x0b\x32\x14.model1.v1.Histogram2\x8c\x01\n\x06Router\x12:\n\x08\x44ispatch\x12\x14.model1.v1.LayerRows\x1a\x14.model1.v1.LayerSums(\x01\x30\x01\x12\x46\n\x05Stats\x12\x1d.model1.v1.RouterStatsRequest\x1a\x1e.model1.v1.RouterStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LAYERROWS']._serialized_start=56
-  _globals['_LAYERROWS']._serialized_end=288
-  _globals['_LAYERSUMS']._serialized_start=290
-  _globals['_LAYERSUMS']._serialized_end=369
-  _globals['_ROUTERSTATSREQUEST']._serialized_start=371
-  _globals['_ROUTERSTATSREQUEST']._serialized_end=391
-  _globals['_ROUTERSTATSRESPONSE']._serialized_start=394
-  _globals['_ROUTERSTATSRESPONSE']._serialized_end=701
-  _globals['_ROUTERREPLICASTATS']._serialized_start=704
-  _globals['_ROUTERREPLICASTATS']._serialized_end=891
-  _globals['_ROUTER']._serialized_start=894
-  _globals['_ROUTER']._serialized_end=1034
+  _globals['_LAYERROWS']._serialized_start=80
+  _globals['_LAYERROWS']._serialized_end=312
+  _globals['_LAYERSUMS']._serialized_start=314
+  _globals['_LAYERSUMS']._serialized_end=393
+  _globals['_ROUTERSTATSREQUEST']._serialized_start=395
+  _globals['_ROUTERSTATSREQUEST']._serialized_end=415
+  _globals['_ROUTERSTATSRESPONSE']._serialized_start=418
+  _globals['_ROUTERSTATSRESPONSE']._serialized_end=725
+  _globals['_ROUTERREPLICASTATS']._serialized_start=728
+  _globals['_ROUTERREPLICASTATS']._serialized_end=961
+  _globals['_ROUTER']._serialized_start=964
+  _globals['_ROUTER']._serialized_end=1104
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from protos import histogram_pb2 as _histogram_pb2
 from protos import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -78,7 +79,7 @@ class RouterStatsResponse(_message.Message):
     def __init__(self, router: _Optional[str] = ..., epoch: _Optional[int] = ..., calls: _Optional[int] = ..., rows: _Optional[int] = ..., failed_calls: _Optional[int] = ..., resent_parts: _Optional[int] = ..., calls_under_way: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[RouterReplicaStats, _Mapping]]] = ..., calls_waiting: _Optional[int] = ..., hedged_parts: _Optional[int] = ..., hedges_won: _Optional[int] = ..., probe_parts: _Optional[int] = ..., expert_pairs: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RouterReplicaStats(_message.Message):
-    __slots__ = ("address", "connected", "calls", "pairs", "outstanding_pairs", "breaks", "suspect", "slowness", "wrong_answers")
+    __slots__ = ("address", "connected", "calls", "pairs", "outstanding_pairs", "breaks", "suspect", "slowness", "wrong_answers", "answer_seconds")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
     CALLS_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +89,7 @@ class RouterReplicaStats(_message.Message):
     SUSPECT_FIELD_NUMBER: _ClassVar[int]
     SLOWNESS_FIELD_NUMBER: _ClassVar[int]
     WRONG_ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_SECONDS_FIELD_NUMBER: _ClassVar[int]
     address: str
     connected: bool
     calls: int
@@ -97,4 +99,5 @@ class RouterReplicaStats(_message.Message):
     suspect: bool
     slowness: float
     wrong_answers: int
-    def __init__(self, address: _Optional[str] = ..., connected: _Optional[bool] = ..., calls: _Optional[int] = ..., pairs: _Optional[int] = ..., outstanding_pairs: _Optional[int] = ..., breaks: _Optional[int] = ..., suspect: _Optional[bool] = ..., slowness: _Optional[float] = ..., wrong_answers: _Optional[int] = ...) -> None: ...
+    answer_seconds: _histogram_pb2.Histogram
+    def __init__(self, address: _Optional[str] = ..., connected: _Optional[bool] = ..., calls: _Optional[int] = ..., pairs: _Optional[int] = ..., outstanding_pairs: _Optional[int] = ..., breaks: _Optional[int] = ..., suspect: _Optional[bool] = ..., slowness: _Optional[float] = ..., wrong_answers: _Optional[int] = ..., answer_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ...) -> None: ...

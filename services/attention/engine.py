@@ -59,6 +59,7 @@ class _Live:
     stream: TokenStream
     started_s: float
     deadline_s: float | None  # on the loop's clock
+    has_begun: bool = False  # it was in a step
     ending: Exception | None = None  # why it ends at the next step's edge
 
 
@@ -154,11 +155,14 @@ class Engine:
         self._kv.costs.observe_step(num_tokens, seconds)
 
     def stats(self) -> EngineStats:
+        waiting = (live for live in self._live.values() if live.sequence.is_waiting)
+        oldest_s = min((live.started_s for live in waiting), default=None)
         return EngineStats(
             counters=copy.copy(self._counters),
             kv=self._kv.stats(),
             waiting_sequences=self._scheduler.num_waiting,
             running_sequences=self._scheduler.num_running,
+            oldest_waiting_seconds=0.0 if oldest_s is None else _now_s() - oldest_s,
             draining=self._is_draining,
         )
 
@@ -259,6 +263,7 @@ class Engine:
         self._scheduler.end(sequence)
 
     async def _step(self, slices: list[Slice[RequestKv]]) -> None:
+        self._begin(slices)
         start_s = time.perf_counter()
         try:
             token_ids = await self._runner.run(slices, self._last_deadline_s(slices))
@@ -277,6 +282,13 @@ class Engine:
             for piece, token_id in zip(slices, token_ids, strict=True):
                 self._hand_over(piece, token_id)
 
+    def _begin(self, slices: list[Slice[RequestKv]]) -> None:
+        for piece in slices:
+            live = self._live[piece.sequence.request.request_id]
+            if not live.has_begun:
+                live.has_begun = True
+                self._counters.queue_seconds.observe(_now_s() - live.started_s)
+
     def _last_deadline_s(self, slices: list[Slice[RequestKv]]) -> float | None:
         """After it the step is of use to nobody; None: there is somebody who waits for ever."""
         live = [self._live[piece.sequence.request.request_id] for piece in slices]
@@ -289,6 +301,8 @@ class Engine:
         if token_id is None or live.ending is not None:
             return
         live.stream.put(token_id, live.sequence.claim.usage)
+        if live.sequence.num_answer_tokens == 1:
+            self._counters.first_token_seconds.observe(_now_s() - live.started_s)
         if finish is not None:
             self._end(live, finish)
 
@@ -299,11 +313,17 @@ class Engine:
 
     def _count(self, slices: list[Slice[RequestKv]], seconds: float) -> None:
         prompt_tokens = sum(piece.num_prompt_tokens for piece in slices)
+        batch_tokens = sum(piece.num_tokens for piece in slices)
+        limits, counters = self._scheduler.limits, self._counters
         self.observe_step(prompt_tokens, seconds)
-        self._counters.stepped(
+        counters.step_seconds.observe(seconds)
+        counters.filled_seconds += seconds * max(
+            len(slices) / limits.max_sequences, batch_tokens / limits.max_batch_tokens
+        )
+        counters.stepped(
             prompt_tokens=prompt_tokens,
             completion_tokens=sum(piece.wants_token for piece in slices),
-            batch_tokens=sum(piece.num_tokens for piece in slices),
+            batch_tokens=batch_tokens,
         )
 
 

@@ -89,5 +89,9 @@ class Sequence(Generic[Claim]):
         return len(self.token_ids) - self.num_computed
 
     @property
+    def is_waiting(self) -> bool:
+        return self.state is SequenceState.WAITING
+
+    @property
     def is_decoding(self) -> bool:
         return self.num_computed >= self.num_prompt_tokens

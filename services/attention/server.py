@@ -21,7 +21,7 @@ from services import rpc
 from services.attention.cost_model import Source
 from services.attention.engine import Engine, EngineConfig
 from services.attention.runner import Experts
-from services.attention.stats import KvStats
+from services.attention.stats import EngineStats, KvStats
 from services.attention.warm_up import measured_step
 from services.errors import ending_with_status
 from services.generation import FINISH_REASON_TO_WIRE, kv_usage_to_wire, request_from_wire
@@ -88,29 +88,12 @@ class AttentionService(attention_pb2_grpc.AttentionServicer):
             attention_pb2.AttentionStatsRequest, attention_pb2.AttentionStatsResponse
         ],
     ) -> attention_pb2.AttentionStatsResponse:
-        stats = self._engine.stats()
-        counters = stats.counters
-        crossing, wait = counters.crossing_times(request.crossing_rows or None)
-        return attention_pb2.AttentionStatsResponse(
-            worker=self._name,
-            draining=stats.draining,
-            waiting_sequences=stats.waiting_sequences,
-            running_sequences=stats.running_sequences,
-            accepted_requests=counters.accepted,
-            finished_requests=counters.finished,
-            cancelled_requests=counters.cancelled,
-            failed_requests=counters.failed,
-            steps=counters.steps,
-            prompt_tokens=counters.prompt_tokens,
-            completion_tokens=counters.completion_tokens,
-            largest_batch_tokens=counters.largest_batch_tokens,
-            layer_crossings=counters.layer_crossings,
-            crossing_seconds_p50=crossing.p50,
-            crossing_seconds_p99=crossing.p99,
-            crossing_wait_seconds_p50=wait.p50,
-            crossing_wait_seconds_p99=wait.p99,
-            kv=_kv_stats_to_wire(stats.kv),
-        )
+        engine = self._engine.stats()
+        crossing, wait = engine.counters.crossing_times(request.crossing_rows or None)
+        stats = _stats_to_wire(self._name, engine)
+        stats.crossing_seconds_p50, stats.crossing_seconds_p99 = crossing.p50, crossing.p99
+        stats.crossing_wait_seconds_p50, stats.crossing_wait_seconds_p99 = wait.p50, wait.p99
+        return stats
 
     async def Drain(
         self,
@@ -158,6 +141,7 @@ class AttentionWorker:
 
     def __init__(
         self,
+        name: str,
         engine: Engine,
         running: "asyncio.Task[None]",
         server: rpc.RunningServer,
@@ -165,6 +149,7 @@ class AttentionWorker:
     ) -> None:
         self.engine = engine
         self.address = server.address
+        self._name = name
         self._running = running
         self._server = server
         self._store = store
@@ -197,7 +182,11 @@ class AttentionWorker:
             )
             opened.pop_all()
         running = asyncio.create_task(_run(engine, server, config.name), name=config.name)
-        return cls(engine, running, server, store)
+        return cls(config.name, engine, running, server, store)
+
+    def stats(self) -> attention_pb2.AttentionStatsResponse:
+        """What it says of itself; inside its event loop."""
+        return _stats_to_wire(self._name, self.engine.stats())
 
     async def stop(self, grace_s: float) -> None:
         """Stop admitting, finish until `grace_s`, abort the rest, close."""
@@ -231,6 +220,34 @@ async def _run(engine: Engine, server: rpc.RunningServer, name: str) -> None:
     except Exception:
         log.exception("engine_failed worker=%s", name)
         await server.set_serving(False)
+
+
+def _stats_to_wire(name: str, stats: EngineStats) -> attention_pb2.AttentionStatsResponse:
+    """All but the percentiles, which take milliseconds of the engine's loop."""
+    counters = stats.counters
+    return attention_pb2.AttentionStatsResponse(
+        worker=name,
+        draining=stats.draining,
+        waiting_sequences=stats.waiting_sequences,
+        running_sequences=stats.running_sequences,
+        accepted_requests=counters.accepted,
+        finished_requests=counters.finished,
+        cancelled_requests=counters.cancelled,
+        failed_requests=counters.failed,
+        steps=counters.steps,
+        prompt_tokens=counters.prompt_tokens,
+        completion_tokens=counters.completion_tokens,
+        largest_batch_tokens=counters.largest_batch_tokens,
+        layer_crossings=counters.layer_crossings,
+        kv=_kv_stats_to_wire(stats.kv),
+        crossing_seconds=counters.crossing_seconds.to_wire(),
+        crossing_wait_seconds=counters.crossing_wait_seconds.to_wire(),
+        queue_seconds=counters.queue_seconds.to_wire(),
+        first_token_seconds=counters.first_token_seconds.to_wire(),
+        step_seconds=counters.step_seconds.to_wire(),
+        filled_seconds=counters.filled_seconds,
+        oldest_waiting_seconds=stats.oldest_waiting_seconds,
+    )
 
 
 def _kv_stats_to_wire(stats: KvStats) -> attention_pb2.AttentionKvStats:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from services.attention.cost_model import Source
+from services.histogram import Histogram
 
 # Enough for the last few hundred steps of a deep model; older crossings are forgotten.
 MAX_REMEMBERED_CROSSINGS = 8192
@@ -51,6 +52,12 @@ class Counters:
     completion_tokens: int = 0
     largest_batch_tokens: int = 0
     layer_crossings: int = 0
+    filled_seconds: float = 0.0  # of steps, each as far as it was full
+    queue_seconds: Histogram = field(default_factory=Histogram)  # from acceptance to the first step
+    first_token_seconds: Histogram = field(default_factory=Histogram)  # from acceptance
+    step_seconds: Histogram = field(default_factory=Histogram)
+    crossing_seconds: Histogram = field(default_factory=Histogram)
+    crossing_wait_seconds: Histogram = field(default_factory=Histogram)
     _crossings: deque[Crossing] = field(
         default_factory=lambda: deque(maxlen=MAX_REMEMBERED_CROSSINGS)
     )
@@ -63,6 +70,8 @@ class Counters:
 
     def crossed(self, crossing: Crossing) -> None:
         self.layer_crossings += 1
+        self.crossing_seconds.observe(crossing.duration_s)
+        self.crossing_wait_seconds.observe(crossing.wait_s)
         self._crossings.append(crossing)
 
     def crossing_times(self, num_rows: int | None = None) -> tuple[Percentiles, Percentiles]:
@@ -110,4 +119,5 @@ class EngineStats:
     kv: KvStats
     waiting_sequences: int
     running_sequences: int
+    oldest_waiting_seconds: float  # 0: nobody waits
     draining: bool

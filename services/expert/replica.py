@@ -8,7 +8,7 @@ between two replicas of the same experts.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model1.moe import ExpertBank
 from services import errors
+from services.histogram import Histogram
 from services.wire import BFLOAT16_WORD, FLOAT32_WORD, ExpertRows, Words, first_outside
 
 _WORD_OF: dict[torch.dtype, np.dtype[Any]] = {
@@ -35,7 +36,8 @@ class ReplicaCounters:
     pairs: int = 0
     failed_calls: int = 0
     late_calls: int = 0  # past their deadline before their turn, and therefore not computed
-    busy_seconds: float = 0.0
+    busy_seconds: float = 0.0  # with a call, from its bytes to those of its answer
+    compute_seconds: Histogram = field(default_factory=Histogram)  # of a call, within that
 
 
 class ExpertReplica:
@@ -64,7 +66,7 @@ class ExpertReplica:
                 self._to_torch(call.weights),
             )
         answer: Words = pair_rows.cpu().contiguous().view(_storage_of(self._dtype)).numpy()
-        self.counters.busy_seconds += time.perf_counter() - started
+        self.counters.compute_seconds.observe(time.perf_counter() - started)
         self.counters.calls += 1
         self.counters.rows += len(call.rows)
         self.counters.pairs += len(call.row_index)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -43,7 +44,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
                 request_iterator,
                 context,
                 outbox,
-                receive=lambda message: outbox.put_nowait(self._answer(message)),
+                receive=lambda message: outbox.put_nowait(self._timed_answer(message)),
                 settled=_at_once,
                 draining=self._draining,
             )
@@ -59,24 +60,21 @@ class ExpertServicer(expert_pb2_grpc.ExpertServicer):
             expert_pb2.ExpertStatsRequest, expert_pb2.ExpertStatsResponse
         ],
     ) -> expert_pb2.ExpertStatsResponse:
-        counters = self._replica.counters
-        return expert_pb2.ExpertStatsResponse(
-            replica=self._replica.name,
-            expert_ids=self._replica.expert_ids,
-            draining=self._draining.is_set(),
-            calls=counters.calls,
-            rows=counters.rows,
-            pairs=counters.pairs,
-            failed_calls=counters.failed_calls,
-            late_calls=counters.late_calls,
-            busy_seconds=counters.busy_seconds,
-        )
+        stats = expert_stats(self._replica)
+        stats.draining = self._draining.is_set()
+        return stats
 
     async def drain(self) -> None:
         """Write the answers that are computed, then end every stream; routers send what is left
         unanswered elsewhere."""
         self._draining.set()
         await self._idle.wait()
+
+    def _timed_answer(self, message: expert_pb2.ExpertRows) -> expert_pb2.ExpertOutputs:
+        started = time.perf_counter()
+        answer = self._answer(message)
+        self._replica.counters.busy_seconds += time.perf_counter() - started
+        return answer
 
     def _answer(self, message: expert_pb2.ExpertRows) -> expert_pb2.ExpertOutputs:
         try:
@@ -112,6 +110,22 @@ async def _at_once() -> None:
 
 def _failure(call_id: int, error: Exception) -> expert_pb2.ExpertOutputs:
     return expert_pb2.ExpertOutputs(call_id=call_id, error=wire.encode_error(error))
+
+
+def expert_stats(replica: ExpertReplica) -> expert_pb2.ExpertStatsResponse:
+    """What it says of itself."""
+    counters = replica.counters
+    return expert_pb2.ExpertStatsResponse(
+        replica=replica.name,
+        expert_ids=replica.expert_ids,
+        calls=counters.calls,
+        rows=counters.rows,
+        pairs=counters.pairs,
+        failed_calls=counters.failed_calls,
+        late_calls=counters.late_calls,
+        busy_seconds=counters.busy_seconds,
+        compute_seconds=counters.compute_seconds.to_wire(),
+    )
 
 
 def expert_service(replica: ExpertReplica) -> rpc.Service:

@@ -4,6 +4,7 @@ Knows neither who asks nor who is told.
 """
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from services.errors import (
     SessionsOff,
 )
 from services.gateway.answer import Final
+from services.histogram import Histogram
 
 
 class Outcome(StrEnum):
@@ -44,6 +46,8 @@ class CountedRequest:
         self.is_accepted = False
         self.final: Final | None = None
         self._counters = counters
+        self._received_s = time.perf_counter()
+        self._has_tokens = False
 
     def accepted(self) -> None:
         """A worker has queued it."""
@@ -52,6 +56,9 @@ class CountedRequest:
 
     def generated(self, num_tokens: int) -> None:
         self._counters.generated_tokens += num_tokens
+        if not self._has_tokens:
+            self._has_tokens = True
+            self._counters.first_token_seconds.observe(time.perf_counter() - self._received_s)
 
     def waited(self) -> None:
         """There was no worker to take it, or to go on with it."""
@@ -82,6 +89,7 @@ class RequestCounters:
         self.waited = 0  # times that a request found no worker; it may find one later
         self.continued = 0  # times that a worker went on with what another one had queued
         self.recomputed_tokens = 0  # by those, of prompt and answer
+        self.first_token_seconds = Histogram()
 
     @contextmanager
     def request(self) -> Iterator[CountedRequest]:

@@ -12,13 +12,14 @@ import grpc
 from model1.checkpoint import load_config
 from model1.config import ModelConfig
 from model1.tokenizer import Tokenizer
-from protos import inference_pb2, inference_pb2_grpc
+from protos import control_pb2, inference_pb2, inference_pb2_grpc
 from services import rpc
 from services.errors import ending_with_status
 from services.gateway import wire
 from services.gateway.admission import Admission, ModelLimits
 from services.gateway.answer import Frame
 from services.gateway.control_service import About, ControlService, control_service
+from services.gateway.counters import Outcome
 from services.gateway.gateway import Gateway
 from services.gateway.operations import Operations
 from services.gateway.session_admin import SessionAdmin
@@ -158,6 +159,23 @@ class GatewayServer:
             self.gateway.admission.limit_context(max_context_length)
         await self.gateway.workers.update(workers)
         await self.gateway.sessions.stores.update(stores)
+
+    def stats(self) -> control_pb2.GatewayStats:
+        """What it says of itself."""
+        gateway, counters = self.gateway, self.gateway.counters
+        return control_pb2.GatewayStats(
+            received_requests=counters.received,
+            finished_requests=counters.ended[Outcome.FINISHED],
+            cancelled_requests=counters.ended[Outcome.CANCELLED],
+            rejected_requests=counters.ended[Outcome.REJECTED],
+            failed_requests=counters.ended[Outcome.FAILED],
+            active_requests=gateway.num_active,
+            max_active_requests=gateway.max_active_requests,
+            generated_tokens=counters.generated_tokens,
+            waits=counters.waited,
+            continuations=counters.continued,
+            first_token_seconds=counters.first_token_seconds.to_wire(),
+        )
 
     async def stop(self, grace_s: float) -> None:
         """Stop admitting, finish until `grace_s`, abort the rest, close."""

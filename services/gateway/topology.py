@@ -1,8 +1,10 @@
 """What a gateway tells about the deployment. Made by whoever runs it; plain values."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
+
+from protos import control_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +20,8 @@ class Member:
     requests: int
     expert_group: int | None = None
     restarts: int = 0
+    # Its own report, passed on as it came.
+    stats: control_pb2.RoleStats = field(default_factory=control_pb2.RoleStats)
 
 
 @dataclass(frozen=True, slots=True)

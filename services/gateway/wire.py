@@ -76,6 +76,7 @@ def topology_to_wire(topology: Topology) -> control_pb2.GetTopologyResponse:
             requests=member.requests,
             expert_group=member.expert_group,
             restarts=member.restarts,
+            stats=member.stats,
         )
         for member in topology.members
     ]

@@ -18,6 +18,7 @@ import numpy as np
 from protos import expert_pb2, expert_pb2_grpc
 from services import wire
 from services.duplex import CLOCK_KEY, Duplex
+from services.histogram import Histogram
 from services.router.hedging import PROBE_INTERVAL_SECONDS, AnswerTimes, Slowness
 from services.tls import Tls
 from services.wire import ExpertRows, Words
@@ -76,6 +77,7 @@ class ReplicaLink:
         self.outstanding_pairs = 0  # also of calls that nobody waits for: it computes them too
         self.breaks = 0
         self.wrong_answers = 0
+        self.answers = Histogram()  # what they took, also those that nobody waited for any more
         self.heard_at = 0.0  # when it answered last
         self._times = times
         self._slowness = Slowness()
@@ -187,9 +189,11 @@ class ReplicaLink:
         self.heard_at = asyncio.get_running_loop().time()
         answer = self._answer_in(message, sent)
         if not isinstance(answer, Exception):
+            seconds = self.heard_at - sent.sent_at
+            self.answers.observe(seconds)
             typical_seconds = self._times.typical_seconds(sent.work_pairs)
             if typical_seconds is not None:
-                self._slowness.observe(self.heard_at - sent.sent_at, typical_seconds)
+                self._slowness.observe(seconds, typical_seconds)
         if answered := self._no_longer_wanted(sent):
             answered(answer)
 

@@ -57,36 +57,7 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
             router_pb2.RouterStatsRequest, router_pb2.RouterStatsResponse
         ],
     ) -> router_pb2.RouterStatsResponse:
-        router = self._router
-        now = asyncio.get_running_loop().time()
-        return router_pb2.RouterStatsResponse(
-            router=router.name,
-            epoch=router.table.epoch,
-            calls=router.counters.calls,
-            rows=router.counters.rows,
-            failed_calls=router.counters.failed_calls,
-            resent_parts=router.counters.resent_parts,
-            calls_under_way=router.num_under_way,
-            calls_waiting=router.num_waiting,
-            hedged_parts=router.counters.hedged_parts,
-            hedges_won=router.counters.hedges_won,
-            probe_parts=router.counters.probe_parts,
-            expert_pairs=router.counters.expert_pairs.tolist(),
-            replicas=[
-                router_pb2.RouterReplicaStats(
-                    address=link.address,
-                    connected=link.connected,
-                    calls=link.calls,
-                    pairs=link.pairs,
-                    outstanding_pairs=link.outstanding_pairs,
-                    breaks=link.breaks,
-                    suspect=link.is_suspect(now),
-                    slowness=link.slowness,
-                    wrong_answers=link.wrong_answers,
-                )
-                for link in router.links
-            ],
-        )
+        return router_stats(self._router)
 
     async def drain(self) -> None:
         """Finish the crossings under way, end every stream, close the links."""
@@ -154,4 +125,38 @@ def router_service(router: Router) -> rpc.Service:
         router_pb2.DESCRIPTOR.services_by_name["Router"].full_name,
         partial(router_pb2_grpc.add_RouterServicer_to_server, servicer),
         servicer.drain,
+    )
+
+
+def router_stats(router: Router) -> router_pb2.RouterStatsResponse:
+    """What it says of itself; inside its event loop."""
+    now = asyncio.get_running_loop().time()
+    return router_pb2.RouterStatsResponse(
+        router=router.name,
+        epoch=router.table.epoch,
+        calls=router.counters.calls,
+        rows=router.counters.rows,
+        failed_calls=router.counters.failed_calls,
+        resent_parts=router.counters.resent_parts,
+        calls_under_way=router.num_under_way,
+        calls_waiting=router.num_waiting,
+        hedged_parts=router.counters.hedged_parts,
+        hedges_won=router.counters.hedges_won,
+        probe_parts=router.counters.probe_parts,
+        expert_pairs=router.counters.expert_pairs.tolist(),
+        replicas=[
+            router_pb2.RouterReplicaStats(
+                address=link.address,
+                connected=link.connected,
+                calls=link.calls,
+                pairs=link.pairs,
+                outstanding_pairs=link.outstanding_pairs,
+                breaks=link.breaks,
+                suspect=link.is_suspect(now),
+                slowness=link.slowness,
+                wrong_answers=link.wrong_answers,
+                answer_seconds=link.answers.to_wire(),
+            )
+            for link in router.links
+        ],
     )

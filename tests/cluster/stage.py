@@ -19,6 +19,7 @@ from cluster.members import (
 )
 from cluster.supervisor import Patience, Supervisor
 from cluster.topology import ActorSpec, Role, Room, Topology, plan_topology
+from protos.control_pb2 import RoleStats
 
 OWN_PROCESS = Process(1, "node")
 REDIS = Redis("redis://here:1", "hush")
@@ -171,11 +172,11 @@ class StagedActor:
         self.stage.peers[self.name] = peers
         self.stage.note(f"update {self.name}")
 
-    async def num_requests(self) -> int:
+    async def stats(self) -> RoleStats:
         self._live()
         if self.name in self.stage.busy:
             await asyncio.Event().wait()
-        return 7
+        return RoleStats(requests=7)
 
     async def ended(self) -> str:
         await self.is_gone.wait()

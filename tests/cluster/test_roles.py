@@ -21,9 +21,11 @@ from cluster.supervisor import Supervisor
 from cluster.topology import ActorSpec, Role, Room, plan_topology
 from model1.errors import ConfigError
 from model1.kv_layout import KVFormat
+from protos.control_pb2 import RoleStats
 from services.attention import warm_up
 from services.attention.kv_cache import KvCacheConfig
 from services.generation import KvUsage
+from services.histogram import Histogram, added
 from services.rpc import AddressUnavailable
 from tests.services import tiny_model
 from tests.services.gateway.scraped import scraped
@@ -54,8 +56,8 @@ class RoleHere:
     async def update(self, peers: Peers) -> None:
         await self._serving.update(peers)
 
-    async def num_requests(self) -> int:
-        return self._serving.num_requests()
+    async def stats(self) -> RoleStats:
+        return self._serving.report()
 
     async def stop(self, grace_seconds: float) -> None:
         await self._serving.stop(grace_seconds)
@@ -131,12 +133,41 @@ async def test_the_roles_together_answer_like_the_model(
     assert token_ids == expected
     usage = KvUsage(computed_tokens=len(PROMPT))
     assert frames[-1] == End("length", len(PROMPT), len(expected), usage)
-    counts = {role: sum(m.num_requests for m in members if m.spec.role is role) for role in Role}
+    counts = {role: sum(m.stats.requests for m in members if m.spec.role is role) for role in Role}
     assert counts[Role.GATEWAY] == counts[Role.ATTENTION] == 1
     # The first one computes the prompt; and each of two workers has measured itself before.
     num_steps = len(expected) + 2 * warm_up.NUM_STEPS
     assert counts[Role.ROUTER] == num_steps * tiny_model.CONFIG.num_hidden_layers
     assert counts[Role.EXPERT] >= counts[Role.ROUTER]
+
+
+async def test_each_role_reports_what_it_counted_and_how_long_that_took(
+    settings: Settings, socket_folder: Path
+) -> None:
+    async with (
+        deployed_here(settings, socket_folder) as (at, supervisor),
+        connected(Access(at)) as client,
+    ):
+        [_ async for _ in client.ask(Question(prompt=PROMPT, max_tokens=9))]
+        members = (await supervisor.snapshot()).members
+    # Of each role one that had something to do; of workers and routers that is one of two.
+    busiest = sorted(members, key=lambda member: member.stats.requests)
+    reports = {member.spec.role.value: member.stats for member in busiest}
+    assert all(reports[role].seconds > 0 for role in Role)
+    gateway, worker = reports["gateway"].gateway, reports["attention"].attention
+    router, expert = reports["router"].router, reports["expert"].expert
+    assert (gateway.received_requests, gateway.finished_requests) == (1, 1)
+    assert gateway.generated_tokens == worker.completion_tokens == 9
+    for once in (gateway.first_token_seconds, worker.first_token_seconds, worker.queue_seconds):
+        assert Histogram.from_wire(once).count == 1
+    assert 0 < worker.filled_seconds < worker.step_seconds.sum_seconds
+    crossings = Histogram.from_wire(worker.crossing_seconds)
+    assert crossings.count == worker.layer_crossings
+    assert worker.crossing_wait_seconds.sum_seconds < crossings.sum_seconds
+    answers = added([Histogram.from_wire(link.answer_seconds) for link in router.replicas])
+    assert answers.count == sum(link.calls for link in router.replicas) >= router.calls
+    assert sum(router.expert_pairs) == sum(link.pairs for link in router.replicas)
+    assert 0 < expert.compute_seconds.sum_seconds < expert.busy_seconds < reports["expert"].seconds
 
 
 async def test_the_context_on_offer_is_what_a_worker_can_hold(

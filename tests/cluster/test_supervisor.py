@@ -95,7 +95,7 @@ async def test_a_snapshot_has_every_member_with_its_counts() -> None:
     async with Stage().started() as supervisor:
         snapshot = await supervisor.snapshot()
     assert sorted(member.spec.name for member in snapshot.members) == EVERYBODY
-    assert {member.num_requests for member in snapshot.members} == {7}
+    assert {member.stats.requests for member in snapshot.members} == {7}
     assert {member.state for member in snapshot.members} == {MemberState.READY}
     assert snapshot.supervisor == OWN_PROCESS
 

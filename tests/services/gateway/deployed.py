@@ -12,7 +12,14 @@ import pytest
 
 from model1.kv_pool import KVPool
 from model1.tokenizer import Tokenizer
-from protos import control_pb2_grpc, inference_pb2, inference_pb2_grpc, sessions_pb2_grpc
+from protos import (
+    control_pb2,
+    control_pb2_grpc,
+    expert_pb2,
+    inference_pb2,
+    inference_pb2_grpc,
+    sessions_pb2_grpc,
+)
 from services import rpc
 from services.attention.engine import EngineConfig
 from services.attention.local import LocalExperts
@@ -36,6 +43,9 @@ MEMBER = Member(
     state="ready",
     requests=5,
     expert_group=1,
+    stats=control_pb2.RoleStats(
+        requests=5, seconds=2.0, expert=expert_pb2.ExpertStatsResponse(calls=5, busy_seconds=1.5)
+    ),
 )
 
 

@@ -296,6 +296,7 @@ async def test_control_tells_what_is_served_and_by_whom(deployment: Deployment) 
     (member,) = answer.members
     assert (member.name, member.pid, member.requests) == ("expert-1-0", 17, 5)
     assert member.expert_group == 1
+    assert (member.stats.seconds, member.stats.expert.busy_seconds) == (2.0, 1.5)
 
 
 async def test_the_gateway_reports_the_health_of_both_services(deployment: Deployment) -> None:
