@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -165,6 +165,12 @@ class RemoteActor:
     async def stats(self) -> RoleStats:
         return await _answer(self._name, self._handle.stats.remote())
 
+    async def hold(self, experts: Sequence[int]) -> None:
+        await _answer(self._name, self._handle.hold.remote(tuple(experts)))
+
+    async def retired(self, epoch: int) -> None:
+        await _answer(self._name, self._handle.retired.remote(epoch))
+
     async def ended(self) -> str:
         while True:
             try:
@@ -225,6 +231,16 @@ class RoleProcess:
 
     async def stats(self) -> RoleStats:
         return self._serving.report() if self._serving else RoleStats()
+
+    async def hold(self, experts: Sequence[int]) -> None:
+        assert self._serving is not None, "serve comes first"
+        with _one_line_failures(self._spec.name):
+            await self._serving.hold(experts)
+
+    async def retired(self, epoch: int) -> None:
+        assert self._serving is not None, "serve comes first"
+        with _one_line_failures(self._spec.name):
+            await self._serving.retired(epoch)
 
     async def ended(self) -> None:
         """Never returns: the call fails when the process ends, which is how others know of it."""

@@ -52,12 +52,11 @@ class Directory:
         return tuple((store.name, self._address(store)) for store in stores if self._address(store))
 
     def _replicas_of_expert(self) -> tuple[tuple[str, ...], ...]:
-        replicas = self._ready(Role.EXPERT)
-        return tuple(
-            tuple(self._address(replica) for replica in replicas if replica.group == group)
-            for group, owned in enumerate(self.topology.experts_of_group)
-            for _ in owned
-        )
+        holders: list[list[str]] = [[] for _ in range(self.topology.num_experts)]
+        for replica in self._ready(Role.EXPERT):
+            for expert in replica.experts:
+                holders[expert].append(self._address(replica))
+        return tuple(map(tuple, holders))
 
     def _ready(self, role: Role) -> tuple[ActorSpec, ...]:
         return tuple(

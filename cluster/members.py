@@ -3,6 +3,7 @@
 Plain values, and the surface of an actor. Knows neither Ray nor what a role does.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -113,6 +114,16 @@ class Actor(Protocol):
 
     async def stats(self) -> RoleStats:
         """What the role counts, from memory."""
+        ...
+
+    async def hold(self, experts: Sequence[int]) -> None:
+        """Of an expert replica: hold exactly these from now on. Returns once those that are new
+        can be asked for and those that are gone have left memory."""
+        ...
+
+    async def retired(self, epoch: int) -> None:
+        """Of a router: wait until it uses no table from before this epoch, and waits for nothing
+        that it asked under one."""
         ...
 
     async def ended(self) -> str:

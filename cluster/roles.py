@@ -9,7 +9,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -53,15 +53,26 @@ async def _calls_nobody(_peers: Peers) -> None:
     return None
 
 
+async def _holds_nothing(_expert_ids: Collection[int]) -> None:
+    raise DeploymentError("only expert replicas hold experts")
+
+
+async def _routes_nothing(_epoch: int) -> None:
+    raise DeploymentError("only routers have routing tables")
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
     """A role that listens. `stop` takes the seconds that requests under way have left; `update`
-    whom to call from now on."""
+    whom to call from now on. Of an expert replica, `hold` takes the experts to hold from now on; of
+    a router, `retired` waits until it needs no table from before an epoch."""
 
     listening: Listening
     stats: Callable[[], RoleStats]
     stop: Callable[[float], Awaitable[None]]
     update: Callable[[Peers], Awaitable[None]] = _calls_nobody
+    hold: Callable[[Collection[int]], Awaitable[None]] = _holds_nothing
+    retired: Callable[[int], Awaitable[None]] = _routes_nothing
     since: float = field(default_factory=time.monotonic)
 
     def report(self) -> RoleStats:
@@ -88,8 +99,7 @@ def load_role(
         case Role.ROUTER:
             return load_router(spec.name, place, process_tls(settings.tls))
         case Role.EXPERT:
-            expert_ids = range(spec.first_expert, spec.end_expert)
-            return load_expert(spec.name, expert_ids, settings, place)
+            return load_expert(spec, settings, place)
         case Role.KVSTORE:
             from cluster.kv_role import load_kv_store
 
@@ -208,7 +218,7 @@ def load_router(name: str, place: Place, tls: "Tls | None") -> Serve:
         def stats() -> RoleStats:
             return RoleStats(requests=router.counters.calls, router=router_stats(router))
 
-        return Serving(Listening(server.address), stats, stop, update)
+        return Serving(Listening(server.address), stats, stop, update, retired=router.retired)
 
     return serve
 
@@ -226,19 +236,20 @@ def _router_socket(last_address: str, runtime_dir: Path) -> Path:
     return socket
 
 
-def load_expert(name: str, expert_ids: range, settings: Settings, place: Place) -> Serve:
+def load_expert(spec: ActorSpec, settings: Settings, place: Place) -> Serve:
     from services import rpc
-    from services.expert.loading import load_replica
+    from services.expert.loading import HeldExperts
     from services.expert.server import expert_service, expert_stats
 
     model = settings.model
-    replica = load_replica(
+    experts = HeldExperts(
         model_directory(model),
-        name=name,
-        expert_ids=expert_ids,
+        name=spec.name,
+        expert_ids=spec.experts,
         dtype=model.dtype,
         device=model.device,
     )
+    replica = experts.replica
 
     async def serve(_peers: Peers) -> Serving:
         server = await rpc.start_server(
@@ -248,6 +259,6 @@ def load_expert(name: str, expert_ids: range, settings: Settings, place: Place) 
         def stats() -> RoleStats:
             return RoleStats(requests=replica.counters.calls, expert=expert_stats(replica))
 
-        return Serving(Listening(server.address), stats, server.stop)
+        return Serving(Listening(server.address), stats, server.stop, hold=experts.hold)
 
     return serve

@@ -48,11 +48,11 @@ class ActorSpec:
     name: str
     role: Role
     node: int
-    # Of an expert replica: its group, its number within it, its experts [first, end).
+    # Of an expert replica: its group, its number within it, and the experts that it is to hold,
+    # ascending: at first those of its group.
     group: int = 0
     replica: int = 0
-    first_expert: int = 0
-    end_expert: int = 0
+    experts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +117,13 @@ class Topology:
         ]
         if not served:
             return "no attention worker with a router on its node is alive"
-        groups = {actor.group for actor in self.of_role(Role.EXPERT) if actor.name in alive}
-        if lost := sorted(set(range(self.num_groups)) - groups):
-            return f"no replica of expert group {lost[0]} is alive"
+        living = [actor for actor in self.of_role(Role.EXPERT) if actor.name in alive]
+        held = {expert for actor in living for expert in actor.experts}
+        for group, owned in enumerate(self.experts_of_group):
+            if lost := [expert for expert in owned if expert not in held]:
+                if any(actor.group == group for actor in living):
+                    return f"no living replica holds expert {lost[0]}"
+                return f"no replica of expert group {group} is alive"
         return None
 
 
@@ -224,8 +228,7 @@ def _another_replica(
         _node_of_replica(topology, group, rooms, num_wanted),
         group,
         number,
-        owned.start,
-        owned.stop,
+        tuple(owned),
     )
 
 

@@ -186,6 +186,12 @@ class SharedExpertWeights(nn.Module):
         del self.w1, self.w3
 
 
+def _packed_alone(weight: Tensor) -> PackedMatrix:
+    """In memory of its own, which is free again when this expert alone is dropped."""
+    matrix = pack(weight)
+    return weight.detach().clone() if matrix is weight else matrix
+
+
 class ExpertLayerWeights(nn.Module):
     """The held routed experts of one layer: `w13 [E, 2*I, D]` (gate rows, then up), `w2`."""
 
@@ -203,8 +209,12 @@ class ExpertLayerWeights(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_held, hidden, width, dtype=dtype, device=device))
 
     def pack(self) -> None:
-        _replace(self, "w13", tuple(pack(w) for w in self.w13))
-        _replace(self, "w2", tuple(pack(w) for w in self.w2))
+        self.hold([_packed_alone(w) for w in self.w13], [_packed_alone(w) for w in self.w2])
+
+    def hold(self, w13: Sequence[PackedMatrix], w2: Sequence[PackedMatrix]) -> None:
+        """These instead, one an expert."""
+        _replace(self, "w13", tuple(w13))
+        _replace(self, "w2", tuple(w2))
 
 
 class FeedForwardWeights(nn.Module):

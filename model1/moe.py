@@ -4,7 +4,7 @@
 sequences nor KV, and can therefore run in any process, on any replica (design rule 1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,9 +86,32 @@ class ExpertBank(nn.Module):
         ]
         self.layers = nn.ModuleList(weights)
         self._weights = tuple(weights)  # the same, typed
-        slots = torch.full((config.n_routed_experts,), -1, dtype=torch.int64)
-        slots[list(self.expert_ids)] = torch.arange(len(self.expert_ids))
-        self._slot_of_expert = slots.tolist()
+        self._slot_of_expert = self._slots()
+
+    def take(self, other: "ExpertBank") -> None:
+        """Hold its experts as well, in the memory where they are. Both are packed; nothing computes
+        meanwhile."""
+        if both := set(self.expert_ids) & set(other.expert_ids):
+            raise ValueError(f"expert {min(both)} is held already")
+        for mine, theirs in zip(self._weights, other._weights, strict=True):
+            mine.hold((*mine.w13, *theirs.w13), (*mine.w2, *theirs.w2))
+        self.expert_ids += other.expert_ids
+        self._slot_of_expert = self._slots()
+
+    def drop(self, expert_ids: Collection[int]) -> None:
+        """Hold these no longer; their memory is free then. Packed, and nothing computes
+        meanwhile."""
+        kept = [slot for slot, e in enumerate(self.expert_ids) if e not in expert_ids]
+        for held in self._weights:
+            held.hold([held.w13[slot] for slot in kept], [held.w2[slot] for slot in kept])
+        self.expert_ids = tuple(self.expert_ids[slot] for slot in kept)
+        self._slot_of_expert = self._slots()
+
+    def _slots(self) -> list[int]:
+        slots = [-1] * self.config.n_routed_experts
+        for slot, expert in enumerate(self.expert_ids):
+            slots[expert] = slot
+        return slots
 
     def forward(
         self, layer: int, rows: Tensor, row_index: Tensor, expert_ids: Tensor, weights: Tensor

@@ -14,6 +14,7 @@
     |- Unavailable            a peer is gone or going; worth a retry elsewhere
     |  |- Draining            this process admits nothing any more
     |  |- WorkerUnavailable   no attention worker takes the request
+    |  |- ExpertNotHeld       the replica does not hold the expert now; another one does
     |  `- ExpertsUnavailable  a layer's routed experts did not answer
     |- UnknownActor           the deployment has no actor of this name
     |- ChangeRefused          the deployment could not serve any more after such a change
@@ -99,6 +100,10 @@ class WorkerUnavailable(Unavailable):
     """No attention worker takes the request."""
 
 
+class ExpertNotHeld(Unavailable):
+    """The replica does not hold the expert now: whoever asks has an old table."""
+
+
 class ExpertsUnavailable(Unavailable):
     """The routed experts of a layer did not answer."""
 
@@ -138,6 +143,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     Draining: grpc.StatusCode.UNAVAILABLE,
     WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
+    ExpertNotHeld: grpc.StatusCode.UNAVAILABLE,
     ExpertsUnavailable: grpc.StatusCode.UNAVAILABLE,
     UnknownActor: grpc.StatusCode.NOT_FOUND,
     ChangeRefused: grpc.StatusCode.FAILED_PRECONDITION,

@@ -10,14 +10,21 @@ from model1.checkpoint.directory import load_config
 
 if TYPE_CHECKING:
     from model1.checkpoint.digest import checkpoint_digest
-    from model1.checkpoint.load import load_experts, load_trunk
+    from model1.checkpoint.load import ExpertReader, load_experts, load_trunk
     from model1.checkpoint.save import save_checkpoint
 
-__all__ = ["checkpoint_digest", "load_config", "load_experts", "load_trunk", "save_checkpoint"]
+__all__ = [
+    "ExpertReader",
+    "checkpoint_digest",
+    "load_config",
+    "load_experts",
+    "load_trunk",
+    "save_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load_experts", "load_trunk"):
+    if name in ("ExpertReader", "load_experts", "load_trunk"):
         from model1.checkpoint import load
 
         return getattr(load, name)

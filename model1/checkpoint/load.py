@@ -4,7 +4,9 @@ Decides which tensors a model must have, and says in one error everything that d
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
 
 import torch
 
@@ -33,9 +35,45 @@ def load_experts(
     device: torch.device | str,
 ) -> ExpertBank:
     """The routed experts `expert_ids` of every layer; no other tensor's bytes are read."""
-    config = load_config(directory)
-    with CheckpointTensors(directory) as tensors:
-        return read_experts(tensors, config, expert_ids, dtype, device)
+    with ExpertReader(directory, dtype, device) as reader:
+        return reader.read(expert_ids)
+
+
+class ExpertReader(AbstractContextManager["ExpertReader"]):
+    """Routed experts of one checkpoint, some now and some later. Its files stay mapped and are
+    checked once: the names of a large model take seconds, one expert's bytes do not."""
+
+    def __init__(
+        self, directory: str | Path, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self._config = load_config(directory)
+        self._tensors = CheckpointTensors(directory)
+        self._dtype = dtype
+        self._device = device
+        self._checked: frozenset[str] = frozenset()  # names of tensors
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._tensors.__exit__(exc_type, exc, traceback)
+
+    @property
+    def bytes_read(self) -> int:
+        return self._tensors.bytes_read
+
+    def read(self, expert_ids: Sequence[int]) -> ExpertBank:
+        """These of every layer; no other tensor's bytes are read. Raises CheckpointError."""
+        _check_ids(self._tensors, self._config, expert_ids)
+        needed = _names_of_experts(self._tensors, self._config, expert_ids)
+        if not self._checked.issuperset(needed):
+            _check(self._tensors, self._config, needed)
+            self._checked = frozenset(self._tensors.opened_names())
+        bank = ExpertBank(self._config, expert_ids, dtype=self._dtype, device=self._device)
+        _fill(bank, self._tensors)
+        return bank.requires_grad_(False)
 
 
 def read_trunk(
@@ -54,26 +92,26 @@ def read_trunk(
     return trunk.requires_grad_(False)
 
 
-def read_experts(
-    tensors: CheckpointTensors,
-    config: ModelConfig,
-    expert_ids: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> ExpertBank:
+def _check_ids(tensors: CheckpointTensors, config: ModelConfig, expert_ids: Sequence[int]) -> None:
     if wrong := [e for e in expert_ids if not 0 <= e < config.n_routed_experts]:
         raise CheckpointError(
             f"{tensors.directory} has experts 0 to {config.n_routed_experts - 1}, not {wrong[0]}"
         )
+
+
+def _names_of_experts(
+    tensors: CheckpointTensors, config: ModelConfig, expert_ids: Sequence[int]
+) -> list[str]:
     layers = range(config.num_hidden_layers)
-    needed = [name for n in layers for name in _expert_names(tensors, n, expert_ids)]
-    _check(tensors, config, needed)
-    bank = ExpertBank(config, expert_ids, dtype=dtype, device=device)
-    width = config.moe_intermediate_size
+    return [name for n in layers for name in _expert_names(tensors, n, expert_ids)]
+
+
+def _fill(bank: ExpertBank, tensors: CheckpointTensors) -> None:
+    width = bank.config.moe_intermediate_size
     state = bank.state_dict()
-    for n in layers:
+    for n in range(bank.config.num_hidden_layers):
         experts = f"layers.{n}.ffn.experts"
-        for slot, expert in enumerate(expert_ids):
+        for slot, expert in enumerate(bank.expert_ids):
             w13, w2 = state[f"layers.{n}.w13"][slot], state[f"layers.{n}.w2"][slot]
             if f"{experts}.w13" in tensors:
                 tensors.read_into(w13, f"{experts}.w13", row=expert)
@@ -84,7 +122,6 @@ def read_experts(
                 tensors.read_into(w2, f"{experts}.w2", row=expert)
             else:
                 tensors.read_into(w2, f"{experts}.{expert}.w2.weight")
-    return bank.requires_grad_(False)
 
 
 def _trunk_shapes(config: ModelConfig) -> Shapes:

@@ -1,5 +1,5 @@
 """Owns the routed-expert weights of one replica and computes with them: a pure function of
-(layer, rows), checked against what this replica holds.
+(layer, rows), checked against what this replica holds now.
 
 Knows no stream, no call id and no router. Keeps counters, and nothing else that could differ
 between two replicas of the same experts.
@@ -8,6 +8,7 @@ between two replicas of the same experts.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,16 +44,28 @@ class ReplicaCounters:
 class ExpertReplica:
     def __init__(self, name: str, bank: ExpertBank) -> None:
         self.name = name
-        self.expert_ids = tuple(sorted(bank.expert_ids))
         self.counters = ReplicaCounters()
         self._bank = bank
         self._dtype, self._device = bank.dtype, bank.device
         self._word = _WORD_OF[bank.dtype]
-        self._held = np.zeros(bank.config.n_routed_experts, dtype=bool)
-        self._held[list(self.expert_ids)] = True
+        self._held = self._held_by_bank()
+
+    @property
+    def expert_ids(self) -> tuple[int, ...]:
+        return tuple(sorted(self._bank.expert_ids))
+
+    def take(self, bank: ExpertBank) -> None:
+        """Hold these as well. Both banks are packed, and nothing is computed meanwhile."""
+        self._bank.take(bank)
+        self._held = self._held_by_bank()
+
+    def drop(self, expert_ids: Collection[int]) -> None:
+        """Hold these no longer; nothing is computed meanwhile."""
+        self._bank.drop(expert_ids)
+        self._held = self._held_by_bank()
 
     def compute(self, call: ExpertRows) -> Words:
-        """One row a pair [P, D], in the call's order. Raises ModelMismatch."""
+        """One row a pair [P, D], in the call's order. Raises ModelMismatch and ExpertNotHeld."""
         self._check(call)
         if not len(call.row_index):
             return call.rows[:0]
@@ -106,11 +119,18 @@ class ExpertReplica:
                 f"{self._dtype}"
             )
         ids = call.expert_ids
-        stranger = first_outside(ids, len(self._held))
-        if stranger is None and not self._held[ids].all():
-            stranger = int(ids[self._held[ids].argmin()])
-        if stranger is not None:
-            raise errors.ModelMismatch(f"expert {stranger} is not held by replica {self.name}")
+        if (stranger := first_outside(ids, len(self._held))) is not None:
+            raise errors.ModelMismatch(
+                f"expert {stranger}: the model of replica {self.name} has {len(self._held)} experts"
+            )
+        if not self._held[ids].all():
+            missing = int(ids[self._held[ids].argmin()])
+            raise errors.ExpertNotHeld(f"expert {missing} is not held by replica {self.name}")
+
+    def _held_by_bank(self) -> NDArray[np.bool_]:
+        held = np.zeros(self._bank.config.n_routed_experts, dtype=np.bool_)
+        held[list(self._bank.expert_ids)] = True
+        return held
 
     def _to_torch(self, array: NDArray[Any]) -> Tensor:
         # A copy, since what arrived is read-only memory, which torch does not know.

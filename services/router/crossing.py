@@ -33,6 +33,7 @@ class Part:
     positions: NDArray[np.intp]
     tried: frozenset[object]  # the streams that had these pairs, this one included
     purpose: Purpose
+    epoch: int  # of the table that says that the link's replica holds their experts
 
 
 @dataclass(frozen=True, slots=True, eq=False)

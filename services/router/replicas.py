@@ -30,6 +30,7 @@ class Replicas:
         self._newest = self._table  # in use too, or about to be
         self._links: dict[str, ReplicaLink] = {}  # of both tables
         self._retired: set[ReplicaLink] = set()  # close when they owe nothing any more
+        self._next_table = asyncio.Event()  # it is in use
         self._news = asyncio.Event()  # a link was opened, or somebody began to wait for one
 
     @property
@@ -83,6 +84,11 @@ class Replicas:
             raise
         return self._missing(table)
 
+    async def used(self, epoch: int) -> None:
+        """Until the table in use is of this epoch or a later one."""
+        while self._table.epoch < epoch:
+            await self._next_table.wait()
+
     async def close(self) -> None:
         links = (*self._links.values(), *self._retired)
         self._newest = self._table = RoutingTable.of(self._newest.epoch, ())
@@ -109,6 +115,8 @@ class Replicas:
     def _use(self, table: RoutingTable) -> None:
         if table.epoch > self._table.epoch:  # else a newer one came first
             self._table = table
+            self._next_table.set()
+            self._next_table = asyncio.Event()
             self._retire_unused()
             self._changed()
 

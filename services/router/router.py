@@ -23,6 +23,7 @@ from services.router.hedging import HEDGE_FLOOR_SECONDS, LOST_MULTIPLE, HedgeBud
 from services.router.pairs import added_in_order, gather
 from services.router.replica_link import ReplicaLink, ReplicaUnusable
 from services.router.replicas import Replicas
+from services.router.retirement import TablesOut
 from services.router.routing import Load, RoutingTable, Share, Split
 from services.tls import Tls
 from services.wire import LayerRows, MalformedCall, Words, first_outside
@@ -53,6 +54,7 @@ class Router:
         self._replica_wait_seconds = replica_wait_seconds
         self._replicas = Replicas(changed=self._wake, tls=tls)
         self._budget = HedgeBudget()
+        self._tables_out = TablesOut()
         self._under_way: set[Crossing] = set()
         self._waiting: dict[Crossing, None] = {}  # some of their pairs are stranded; oldest first
 
@@ -91,6 +93,12 @@ class Router:
             *(self.name, table.epoch, len(table.replicas), ",".join(missing) or "-"),
         )
         return missing
+
+    async def retired(self, epoch: int) -> None:
+        """Until this epoch or a later one is in use, and no answer is waited for that was asked
+        under an earlier one: what only earlier ones say is held where, nobody needs any more."""
+        await self._replicas.used(epoch)
+        await self._tables_out.wait_retired(epoch)
 
     def start(self, crossing: Crossing) -> None:
         """Send a crossing's pairs out. Every failure goes to its `done`, even at once."""
@@ -173,16 +181,18 @@ class Router:
         purpose: Purpose,
     ) -> None:
         link = self._replicas.link(replica)
-        part = Part(link, positions, tried | {link.stream}, purpose)
+        part = Part(link, positions, tried | {link.stream}, purpose, self.table.epoch)
         answered = partial(self._answered, crossing, part)
         sent = link.submit(gather(crossing.call, positions), crossing.deadline, answered)
         crossing.parts[part] = sent
+        self._tables_out.sent(part.epoch)
         crossing.call_at(sent.due, self._overdue, part, sent.due)
 
     def _answered(self, crossing: Crossing, part: Part, result: Words | Exception) -> None:
         sent = crossing.parts.pop(part, None)
         if sent is None:
             return  # another part of it failed for good when the same stream broke
+        self._tables_out.ended(part.epoch)
         if not isinstance(result, Exception):
             if crossing.store(part.positions, result):
                 # Of those that came first only: what an answer takes, not what a replica takes.
@@ -296,3 +306,4 @@ class Router:
         parts, crossing.parts = crossing.parts, {}
         for part, sent in parts.items():
             part.link.forget(sent)
+            self._tables_out.ended(part.epoch)

@@ -5,6 +5,7 @@ Knows no stream, clock or model. A table never changes; the next one has a highe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -87,23 +88,30 @@ class RoutingTable:
         """Which replica gets which of the pairs `expert_ids` [P].
 
         `loads` names the replicas that may be used. Every group with pairs takes the replica that
-        is through with them first; groups that take the same one share a message.
+        is through with them first; groups that take the same one share a message. Groups that have
+        no choice come first, then those with most pairs, so that the others even them out.
         """
         group_of_pair = self.group_of_expert[expert_ids]  # [P]
         pairs_of_group = np.bincount(group_of_pair, minlength=len(self.groups))
-        wanted = np.flatnonzero(pairs_of_group)
         slow: set[str] = set()
         chosen: dict[str, int] = {}  # replica -> share
+        given: Counter[str] = Counter()  # pairs, of this split
         stranded: list[tuple[ExpertGroup, NDArray[np.intp]]] = []
         share_of_group = np.zeros(len(self.groups), dtype=np.intp)
-        for group_id in wanted.tolist():
-            group = self.groups[group_id]
-            usable = [replica for replica in group.replicas if replica in loads]
+        usable_of = {
+            group_id: [each for each in self.groups[group_id].replicas if each in loads]
+            for group_id in np.flatnonzero(pairs_of_group).tolist()
+        }
+        has_choice = {group_id: len(usable) > 1 for group_id, usable in usable_of.items()}
+        for group_id in sorted(usable_of, key=lambda g: (has_choice[g], -pairs_of_group[g])):
+            group, usable = self.groups[group_id], usable_of[group_id]
             if usable:
                 factors = _slow_factors(usable, loads)
                 slow.update(address for address, factor in factors.items() if factor > 1)
                 num_pairs = int(pairs_of_group[group_id])
-                replica = min(usable, key=partial(_cost, loads, factors, num_pairs))
+                cost = partial(_cost, loads, factors, given, num_pairs)
+                replica = min(usable, key=cost)
+                given[replica] += num_pairs
                 share_of_group[group_id] = chosen.setdefault(replica, len(chosen))
             else:
                 share_of_group[group_id] = -1
@@ -125,10 +133,14 @@ def _slow_factors(replicas: Sequence[str], loads: Mapping[str, Load]) -> dict[st
 
 
 def _cost(
-    loads: Mapping[str, Load], factors: Mapping[str, float], num_pairs: int, replica: str
+    loads: Mapping[str, Load],
+    factors: Mapping[str, float],
+    given: Mapping[str, int],
+    num_pairs: int,
+    replica: str,
 ) -> tuple[bool, float, int]:
     load = loads[replica]
-    owed_then = (load.outstanding_pairs + num_pairs) * factors[replica]
+    owed_then = (load.outstanding_pairs + given[replica] + num_pairs) * factors[replica]
     return load.is_suspect, owed_then, load.total_pairs
 
 

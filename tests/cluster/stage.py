@@ -1,7 +1,7 @@
 """A deployment whose actors live in this process and do as the test says."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -52,6 +52,7 @@ class Stage:
     never_serves: str = ""
     never_stops: str = ""
     refuses_updates: str = ""
+    cannot_hold: str = ""  # other experts than it was created with
     gentle: dict[str, bool] = field(default_factory=dict)  # how each was told to load
     busy: set[str] = field(default_factory=set)
     rooms_now: tuple[Room, ...] = (Room(), Room())
@@ -103,6 +104,10 @@ class Stage:
             if all(process.is_gone.is_set() for process in processes)
         }
 
+    def held(self, name: str) -> tuple[int, ...]:
+        """The experts in the memory of its process."""
+        return self._actors[name][-1].held
+
     def num_processes(self, name: str) -> int:
         return len(self._actors.get(name, ()))
 
@@ -130,6 +135,10 @@ class StagedActor:
     spec: ActorSpec
     number: int  # of this process among those of the actor
     is_gone: asyncio.Event = field(default_factory=asyncio.Event)
+    held: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.held = self.spec.experts
 
     @property
     def name(self) -> str:
@@ -177,6 +186,18 @@ class StagedActor:
         if self.name in self.stage.busy:
             await asyncio.Event().wait()
         return RoleStats(requests=7)
+
+    async def hold(self, experts: Sequence[int]) -> None:
+        self._live()
+        if self.name == self.stage.cannot_hold:
+            raise DeploymentError(f"{self.name}: no such file")
+        self.held = tuple(experts)
+        self.stage.note(f"hold {self.name} {','.join(map(str, experts))}")
+
+    async def retired(self, epoch: int) -> None:
+        self._live()
+        assert self.stage.peers[self.name].epoch >= epoch, "it was never told"
+        self.stage.note(f"retired {self.name}")
 
     async def ended(self) -> str:
         await self.is_gone.wait()

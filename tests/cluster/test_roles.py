@@ -4,7 +4,7 @@ import asyncio
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -58,6 +58,12 @@ class RoleHere:
 
     async def stats(self) -> RoleStats:
         return self._serving.report()
+
+    async def hold(self, experts: Sequence[int]) -> None:
+        await self._serving.hold(experts)
+
+    async def retired(self, epoch: int) -> None:
+        await self._serving.retired(epoch)
 
     async def stop(self, grace_seconds: float) -> None:
         await self._serving.stop(grace_seconds)
@@ -325,7 +331,7 @@ async def test_a_router_comes_back_where_it_was(
     monkeypatch.setattr("cluster.roles.UPDATE_CONNECT_TIMEOUT_SECONDS", 0.2)
     spec = ActorSpec("router-0", Role.ROUTER, 0)
     expert = RoleHere(
-        ActorSpec("expert-0-0", Role.EXPERT, 0, end_expert=4), settings, socket_folder
+        ActorSpec("expert-0-0", Role.EXPERT, 0, experts=(0, 1, 2, 3)), settings, socket_folder
     )
     await expert.load()
     replica = (await expert.serve(Peers())).address

@@ -1,5 +1,7 @@
 """From wanted numbers to a list of actors."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,6 +111,17 @@ def test_a_role_without_anyone_left_is_named(dead: set[str], message: str) -> No
     topology = plan_topology(wanted(2, 2, 2), num_experts=8, rooms=[Room()] * 2)
     alive = frozenset(actor.name for actor in topology.actors) - dead
     assert message in (topology.missing(alive) or "")
+
+
+def test_experts_that_moved_are_missed_where_they_are_and_not_where_they_were() -> None:
+    topology = plan_topology(wanted(1, 2, 1), num_experts=4)
+    first, second = topology.of_role(Role.EXPERT)
+    topology = topology.with_changed(replace(first, experts=(0, 2)))
+    topology = topology.with_changed(replace(second, experts=(0, 1, 3)))
+    everybody = frozenset(actor.name for actor in topology.actors)
+    assert topology.missing(everybody) is None
+    assert topology.missing(everybody - {first.name}) == "no living replica holds expert 2"
+    assert topology.missing(everybody - {second.name}) == "no living replica holds expert 1"
 
 
 def slots(experts: int, attention: int = 1) -> Room:

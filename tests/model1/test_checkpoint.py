@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model1.checkpoint import load_config, load_experts, load_trunk, save_checkpoint
-from model1.checkpoint.load import read_experts, read_trunk
+from model1.checkpoint import ExpertReader, load_config, load_experts, load_trunk, save_checkpoint
+from model1.checkpoint.load import read_trunk
 from model1.checkpoint.names import keeps_float32, saved_name, shipped_name
 from model1.checkpoint.tensors import CheckpointTensors
 from model1.errors import CheckpointError, ConfigError
@@ -90,12 +90,23 @@ def test_experts_are_loaded_by_reading_only_their_own_bytes(
 ) -> None:
     config = load_config(written[naming])
     one_expert = 3 * config.hidden_size * config.moe_intermediate_size * 4
-    with CheckpointTensors(written[naming]) as tensors:
-        bank = read_experts(tensors, config, [3, 1], F32, "cpu")
-        assert tensors.bytes_read == 2 * config.num_hidden_layers * one_expert
+    with ExpertReader(written[naming], F32, "cpu") as reader:
+        bank = reader.read([3, 1])
+        assert reader.bytes_read == 2 * config.num_hidden_layers * one_expert
     whole = load_experts(written[naming], ALL_EXPERTS, F32, "cpu").state_dict()
     for name, tensor in bank.state_dict().items():
         assert torch.equal(tensor, whole[name][[3, 1]])
+
+
+@pytest.mark.parametrize("naming", ["saved", "saved_shards", "modules"])
+def test_a_reader_gives_further_experts_later(written: dict[str, Path], naming: str) -> None:
+    whole = load_experts(written[naming], ALL_EXPERTS, F32, "cpu").state_dict()
+    with ExpertReader(written[naming], F32, "cpu") as reader:
+        for expert in reversed(ALL_EXPERTS):
+            for name, tensor in reader.read([expert]).state_dict().items():
+                assert torch.equal(tensor, whole[name][[expert]])
+        with pytest.raises(CheckpointError, match="not 99"):
+            reader.read([99])
 
 
 def test_the_trunk_is_loaded_without_reading_any_expert(written: dict[str, Path]) -> None:

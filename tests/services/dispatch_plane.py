@@ -68,6 +68,8 @@ class ScriptedExpert(expert_pb2_grpc.ExpertServicer):
     ) -> None:
         self.num_calls = 0
         self.delay_seconds = 0.0
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
         self._reply = reply
 
     async def Dispatch(
@@ -79,6 +81,7 @@ class ScriptedExpert(expert_pb2_grpc.ExpertServicer):
         async for message in request_iterator:
             self.num_calls += 1
             await asyncio.sleep(self.delay_seconds)
+            await self.may_answer.wait()
             if self._reply:
                 await context.write(self._reply(message))
 

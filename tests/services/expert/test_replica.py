@@ -1,11 +1,15 @@
+import gc
 import re
+import weakref
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from services.errors import ModelMismatch
+from model1.modules import packed
+from services.errors import ExpertNotHeld, ModelMismatch
 from services.expert.replica import ExpertReplica, ReplicaCounters
 from services.wire import ExpertRows
 from tests.services.expert_banks import HIDDEN_SIZE, seeded_bank
@@ -81,9 +85,8 @@ def test_an_output_depends_neither_on_its_company_nor_on_who_else_is_held(
     ("call", "words"),
     [
         (_call(layer=3), "layer 3: the model of replica r has 3 layers"),
-        (_call(expert_ids=(2, 5)), "expert 5 is not held by replica r"),
-        (_call(expert_ids=(2, 8)), "expert 8 is not held"),
-        (_call(expert_ids=(-1,)), "expert -1 is not held"),
+        (_call(expert_ids=(2, 8)), "expert 8: the model of replica r has 8 experts"),
+        (_call(expert_ids=(-1,)), "expert -1: the model of replica r has 8 experts"),
         (_call(hidden_size=32), "rows of hidden size 32: replica r has 64"),
         (_call(dtype=np.uint16), "rows of 16 bits: replica r computes in torch.float32"),
     ],
@@ -93,6 +96,47 @@ def test_a_call_for_another_model_is_refused_with_the_value(call: ExpertRows, wo
     with pytest.raises(ModelMismatch, match=re.escape(words)):
         replica.compute(call)
     assert replica.counters.calls == 0
+
+
+def test_an_expert_that_is_not_held_now_is_another_replicas() -> None:
+    replica = ExpertReplica("r", seeded_bank([2, 3]))
+    with pytest.raises(ExpertNotHeld, match="expert 5 is not held by replica r"):
+        replica.compute(_call(expert_ids=(2, 5)))
+    assert replica.counters.calls == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_come_later_compute_as_those_held_from_the_start(dtype: torch.dtype) -> None:
+    words = np.float32 if dtype == torch.float32 else np.uint16
+    call = _call(dtype=words)
+    expected = ExpertReplica("r", packed(seeded_bank(range(8), dtype))).compute(call)
+    replica = ExpertReplica("r", packed(seeded_bank([7, 2], dtype)))
+    replica.take(packed(seeded_bank([5, 3], dtype)))
+    assert list(replica.expert_ids) == [2, 3, 5, 7]
+    np.testing.assert_array_equal(replica.compute(call), expected)
+    replica.drop([7, 5])
+    assert list(replica.expert_ids) == [2, 3]
+    np.testing.assert_array_equal(replica.compute(call), expected)
+    replica.drop([3])
+    with pytest.raises(ExpertNotHeld, match="expert 3"):
+        replica.compute(call)
+    replica.take(packed(seeded_bank([3], dtype)))
+    np.testing.assert_array_equal(replica.compute(call), expected)
+
+
+def test_no_expert_is_held_twice() -> None:
+    replica = ExpertReplica("r", packed(seeded_bank([2, 3])))
+    with pytest.raises(ValueError, match="expert 3 is held already"):
+        replica.take(packed(seeded_bank([3])))
+
+
+def test_a_dropped_expert_frees_its_memory() -> None:
+    bank = packed(seeded_bank([2, 3]))
+    (layer, *_) = bank.layers
+    held = [weakref.ref(weights) for weights in cast(tuple[Tensor, ...], layer.w13)]
+    ExpertReplica("r", bank).drop([2])
+    gc.collect()
+    assert [each() is None for each in held] == [True, False]
 
 
 def test_no_pairs_are_no_rows() -> None:

@@ -456,6 +456,47 @@ async def test_a_new_table_takes_new_calls_while_old_ones_finish_where_they_are(
             await until(lambda: old_link.closed)
 
 
+@pytest.mark.usefixtures("no_hedges")
+async def test_an_epoch_has_retired_once_nothing_is_out_that_was_sent_before_it(
+    tmp_path: Path,
+) -> None:
+    slow = ScriptedExpert(_exact)
+    async with (
+        dispatch_plane(tmp_path, num_groups=1) as plane,
+        slow.serving(f"unix:{tmp_path}/slow.sock") as address,
+    ):
+        await plane.router.retired(1)
+        slow.may_answer.clear()
+        await plane.router.update(table_of(2, EVERY_EXPERT, [[address]]))
+        call = random_call(4)
+        sums = await plane.experts.submit(call)
+        await until(lambda: slow.num_calls == 1)
+        retired = asyncio.create_task(plane.router.retired(3))
+        await asyncio.sleep(0.01)
+        await plane.router.update(table_of(3, EVERY_EXPERT, [list(plane.servers)]))
+        await asyncio.sleep(0.01)
+        assert not retired.done()  # what was sent under epoch 2 is out
+        later = random_call(4, seed=1)
+        assert torch.equal(await (await plane.experts.submit(later)), plane.expected(later))
+        assert not retired.done()
+        slow.may_answer.set()
+        assert torch.equal(await sums, plane.expected(call))
+        await retired
+        sums = await plane.experts.submit(call)
+        sums.cancel()
+        await plane.router.update(table_of(4, EVERY_EXPERT, [list(plane.servers)]))
+        await plane.router.retired(4)  # a crossing that was given up is waited for by nobody
+
+
+async def test_rows_for_an_expert_that_moved_meanwhile_go_where_it_is(tmp_path: Path) -> None:
+    async with dispatch_plane(tmp_path, num_groups=1, replicas_per_group=2) as plane:
+        first, _ = plane.replicas.values()
+        first.drop([3])  # the table does not say so yet
+        for seed in range(10):
+            await _assert_exact(plane, seed)
+        assert plane.router.counters.resent_parts > 0
+
+
 async def test_an_epoch_that_is_not_newer_is_refused(tmp_path: Path) -> None:
     async with dispatch_plane(tmp_path) as plane:
         with pytest.raises(ValueError, match="epoch 1 is not above epoch 1 in use"):

@@ -66,7 +66,28 @@ def test_a_replica_is_slow_only_beside_others_of_its_group() -> None:
 def test_a_suspect_is_taken_only_where_there_is_no_other() -> None:
     table = RoutingTable.of(1, [["a", "b"], ["a"]])
     loads = {"a": Load(0, 0, is_suspect=True), "b": Load(99, 99, slowness=16.0)}
-    assert [share.replica for share in table.split(_ids(0, 1), loads).shares] == ["b", "a"]
+    shares = table.split(_ids(0, 1), loads).shares
+    assert {share.replica: share.positions.tolist() for share in shares} == {"b": [0], "a": [1]}
+
+
+def test_a_group_that_has_a_choice_goes_where_the_others_of_the_split_do_not() -> None:
+    # b has to compute expert 2 anyway, so the copy of expert 0 on a is the one to take.
+    table = RoutingTable.of(1, [["a", "b"], ["a"], ["b"]])
+    shares = table.split(_ids(0, 0, 1, 2, 2, 2), _loads("a", b=Load(0, 0))).shares
+    assert {share.replica: share.positions.tolist() for share in shares} == {
+        "a": [0, 1, 2],
+        "b": [3, 4, 5],
+    }
+
+
+def test_of_groups_with_a_choice_the_largest_comes_first() -> None:
+    table = RoutingTable.of(1, [["a", "b"], ["a", "b", "c"], ["b", "a", "c", "d"]])
+    loads = {name: Load(owed, 0) for name, owed in (("a", 0), ("b", 0), ("c", 4), ("d", 9))}
+    shares = table.split(_ids(0, 1, 1, 1, 2, 2), loads).shares
+    assert {share.replica: share.positions.tolist() for share in shares} == {
+        "a": [1, 2, 3],  # experts 1
+        "b": [0, 4, 5],
+    }
 
 
 def test_groups_that_take_the_same_replica_share_a_message() -> None:
