@@ -109,6 +109,7 @@ class SupervisorProcess:
                 drain_seconds=cluster.drain_seconds,
                 restart_seconds=cluster.restart_timeout_seconds,
             ),
+            settings.autoscale if settings.autoscale.enabled else None,
         )
 
     async def start(self) -> str:
@@ -121,10 +122,10 @@ class SupervisorProcess:
         return await self._supervisor.watch()
 
     async def scale_experts(self, num_replicas: int, group: int | None) -> Change:
-        return await self._supervisor.changes.scale_experts(num_replicas, group)
+        return await self._supervisor.scale_experts(num_replicas, group)
 
     async def scale_attention(self, num_workers: int) -> Change:
-        return await self._supervisor.changes.scale_attention(num_workers)
+        return await self._supervisor.scale_attention(num_workers)
 
     async def drain(self, name: str) -> Change:
         return await self._supervisor.changes.drain(name)

@@ -79,9 +79,17 @@ class Autoscaler:
         settings, now = self._settings, self._clock()
         elapsed, self._asked_at = now - self._asked_at, now
         current = self._within_bounds(current)
-        wanted = self._wanted(current, sample)
+        wanted = replicas_wanted(sample, settings)
+        last, self._last_queue_seconds = self._last_queue_seconds, sample.queue_seconds
         if wanted is None:
             return current
+        if sample.queue_seconds is not None and sample.queue_seconds > settings.queue_seconds:
+            if last is not None and sample.queue_seconds < last:
+                # It may become short by itself. Or it is noise, and the next ones are longer again.
+                self._seconds = max(0.0, self._seconds - elapsed) if self._direction > 0 else 0.0
+                self._direction = max(0, self._direction)
+                return current
+            wanted = max(current, wanted)  # too long a queue asks for no fewer
         direction = (wanted > current) - (wanted < current)
         if direction != self._direction:
             self._direction, self._seconds, self._smallest_change = direction, 0.0, wanted
@@ -98,16 +106,6 @@ class Autoscaler:
             return current
         self._direction = 0
         return self._within_bounds(decided)
-
-    def _wanted(self, current: int, sample: RoleSample) -> int | None:
-        wanted = replicas_wanted(sample, self._settings)
-        last, self._last_queue_seconds = self._last_queue_seconds, sample.queue_seconds
-        queue = sample.queue_seconds
-        if wanted is None or queue is None or queue <= self._settings.queue_seconds:
-            return wanted
-        # Too long a queue asks for no fewer, and for no more while it becomes shorter by itself.
-        is_shrinking = last is not None and queue < last
-        return current if is_shrinking else max(current, wanted)
 
     def _within_bounds(self, replicas: int) -> int:
         return min(max(replicas, self._settings.min_replicas), self._settings.max_replicas)

@@ -7,7 +7,7 @@ section, never the whole. Knows nothing of Ray, models or sockets.
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 from urllib.parse import urlsplit
@@ -230,6 +230,43 @@ class ClusterSettings(_Section):
     )
 
 
+class ScalingLimits(_Section):
+    """How many replicas a role may have, and what is aimed at; the policy is autoscale.py's."""
+
+    min_replicas: int = Field(1, ge=1, le=1024)
+    max_replicas: int = Field(8, ge=1, le=1024)
+    busy_share: float = Field(0.7, gt=0, le=1, description="of what a replica can do")
+    tolerance: float = Field(0.1, ge=0, description="of busy_share: so close to it is as good")
+    queue_seconds: float = Field(0.5, gt=0, description="that work waits; longer asks for more")
+    max_factor: float = Field(2.0, gt=1, description="of one change, up or down")
+    up_after_seconds: float = Field(10.0, ge=0, description="that all ask for more")
+    down_after_seconds: float = Field(300.0, ge=0, description="that all ask for fewer")
+
+    @model_validator(mode="after")
+    def _there_is_a_number_in_between(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}"
+            )
+        return self
+
+
+class ExpertScalingLimits(ScalingLimits):
+    """Of each expert group."""
+
+    # Rows that wait hold up a whole step, at each layer.
+    queue_seconds: float = Field(0.02, gt=0, description="that rows wait; longer asks for more")
+
+
+class AutoscaleSettings(_Section):
+    """Whether the supervisor scales by itself, and within which limits."""
+
+    enabled: bool = False
+    interval_seconds: float = Field(5.0, gt=0, description="between two looks at the load")
+    experts: ExpertScalingLimits = ExpertScalingLimits()
+    attention: ScalingLimits = ScalingLimits()
+
+
 class ClientSettings(_Section):
     """What the verbs that ask a gateway show to it, and whom they believe. Unset: as the sections
     `tls` and `gateway` say."""
@@ -263,6 +300,7 @@ class Settings(_Section):
     attention: AttentionSettings = AttentionSettings()
     kv: KvSettings = KvSettings()
     cluster: ClusterSettings = ClusterSettings()
+    autoscale: AutoscaleSettings = AutoscaleSettings()
     client: ClientSettings = ClientSettings()
 
     @model_validator(mode="after")
@@ -320,15 +358,19 @@ def load_settings(
 
 
 def known_keys() -> dict[str, str]:
-    """Every `section.key`, with its environment variable."""
-    keys = {}
-    for section, field in Settings.model_fields.items():
-        section_type = field.annotation
-        assert isinstance(section_type, type) and issubclass(section_type, BaseModel)
-        for key in section_type.model_fields:
-            name = f"{section}{ENVIRONMENT_SEPARATOR}{key}".upper()
-            keys[f"{section}.{key}"] = ENVIRONMENT_PREFIX + name
-    return keys
+    """Every `section.key`, with its environment variable. Some sections have sections."""
+    return {
+        key: ENVIRONMENT_PREFIX + key.replace(".", ENVIRONMENT_SEPARATOR).upper()
+        for key in _keys_below(Settings)
+    }
+
+
+def _keys_below(section: type[BaseModel]) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from (f"{name}.{key}" for key in _keys_below(field.annotation))
+        else:
+            yield name
 
 
 def _secret_keys() -> set[str]:
@@ -356,14 +398,15 @@ def _from_file(file: Path | None) -> dict[str, tuple[object, str]]:
         return {}
     if not isinstance(raw, dict):
         raise SettingsError(f"{file}: expected sections such as 'topology:', got {raw!r}")
-    values: dict[str, tuple[object, str]] = {}
-    for section, keys in raw.items():
-        if not isinstance(keys, dict):
-            values[str(section)] = (keys, str(file))
-            continue
-        for key, value in keys.items():
-            values[f"{section}.{key}"] = (value, str(file))
-    return values
+    return {key: (value, str(file)) for key, value in _flat(raw)}
+
+
+def _flat(section: Mapping[object, object]) -> Iterator[tuple[str, object]]:
+    for name, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from ((f"{name}.{key}", each) for key, each in _flat(value))
+        elif value != {}:  # a section of nothing says nothing
+            yield str(name), value
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[object, str]]:
@@ -371,20 +414,20 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[object,
     for name in sorted(environment):
         if not name.startswith(ENVIRONMENT_PREFIX) or ENVIRONMENT_SEPARATOR not in name:
             continue
-        key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace(ENVIRONMENT_SEPARATOR, ".", 1)
+        key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace(ENVIRONMENT_SEPARATOR, ".")
         # An empty variable is how a shell or a chart says "not set".
         values[key] = (environment[name] or None, name)
     return {key: value for key, value in values.items() if value[0] is not None}
 
 
 def _put(tree: dict[str, Any], key: str, value: object) -> None:
-    section, dot, name = key.partition(".")
+    section, dot, rest = key.partition(".")
     if not dot:
         tree[section] = value
         return
     keys = tree.setdefault(section, {})
     if isinstance(keys, dict):
-        keys[name] = value
+        _put(keys, rest, value)
 
 
 def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:

@@ -122,4 +122,4 @@ def _reported(snapshot: Snapshot) -> Topology:
         state="ready",
         requests=0,
     )
-    return Topology(snapshot.epoch, (*reported, supervisor))
+    return Topology(snapshot.epoch, (*reported, supervisor), snapshot.autoscaled)

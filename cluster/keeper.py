@@ -35,7 +35,7 @@ class Keeper:
     def keep(self, spec: ActorSpec) -> None:
         """One that serves, from now on."""
         self._tasks[spec.name] = asyncio.create_task(self._keep(spec), name=f"keep {spec.name}")
-        self._tasks[spec.name].add_done_callback(_log_failure)
+        self._tasks[spec.name].add_done_callback(log_failure)
 
     async def let_go(self, name: str) -> None:
         """Its end is somebody else's from now on, whatever state it is in."""
@@ -103,7 +103,7 @@ class Keeper:
         return now
 
 
-def _log_failure(task: asyncio.Task[None]) -> None:
-    """A bug of ours must not end silently: nobody keeps that actor any more."""
+def log_failure(task: asyncio.Task[None]) -> None:
+    """A bug of ours must not end silently: nobody does that task's work any more."""
     if not task.cancelled() and (error := task.exception()):
-        log.error("keeper_failed task=%s", task.get_name(), exc_info=error)
+        log.error("supervisor_task_failed task=%s", task.get_name(), exc_info=error)

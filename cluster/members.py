@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from cluster.topology import ActorSpec, Role, Room
-from protos.control_pb2 import RoleStats
+from protos.control_pb2 import Autoscaled, RoleStats
 
 
 class DeploymentError(Exception):
@@ -179,3 +179,4 @@ class Snapshot:
     epoch: int
     members: tuple[Member, ...]
     supervisor: Process
+    autoscaled: tuple[Autoscaled, ...] = ()  # empty: scaling is left to operators

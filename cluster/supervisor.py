@@ -1,17 +1,21 @@
 """Owns a deployment's life: ordered start, what it is watched for, ordered stop.
 
 Its actors are the roster's, that they stay alive is the keeper's, and how they become more or fewer
-is that of the changes. Knows nothing of Ray, gRPC or models; sees no token.
+is that of the changes, asked for by hand or by the autoscaling loop. Knows nothing of Ray, gRPC or
+models; sees no token.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cluster.autoscale_loop import AutoscaleLoop
 from cluster.backoff import RestartPolicy
 from cluster.changes import Changes
-from cluster.keeper import Keeper
-from cluster.members import Actor, Machines, MemberState, Process, Snapshot
+from cluster.config import AutoscaleSettings
+from cluster.keeper import Keeper, log_failure
+from cluster.members import Actor, Change, Machines, MemberState, Process, Snapshot
 from cluster.roster import START_ORDER, Roster, together
 from cluster.topology import ActorSpec, Role, Topology
 
@@ -36,7 +40,10 @@ class Supervisor:
         own_process: Process,
         machines: Machines,
         patience: Patience = Patience(),
+        autoscale: AutoscaleSettings | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Without `autoscale` actors become more and fewer by hand alone."""
         self._own_process = own_process
         self._patience = patience
         self._roster = Roster(topology, create)
@@ -50,6 +57,10 @@ class Supervisor:
             start_timeout_seconds=patience.start_seconds,
             drain_seconds=patience.drain_seconds,
         )
+        self.autoscaling: AutoscaleLoop | None = None
+        if autoscale is not None:
+            self.autoscaling = AutoscaleLoop(self._roster, self.changes, autoscale, clock)
+        self._scaling: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
         """Load every role at once, then let them listen in order; returns the gateway's address.
@@ -65,13 +76,29 @@ class Supervisor:
             raise
         for spec in roster.topology.actors:
             self._keeper.keep(spec)
+        if self.autoscaling is not None:
+            self._scaling = asyncio.create_task(self.autoscaling.run(), name="autoscale")
+            self._scaling.add_done_callback(log_failure)
         return roster.address(roster.topology.of_role(Role.GATEWAY)[0].name)
 
     async def snapshot(self) -> Snapshot:
         """The members with fresh counts. Whoever does not answer keeps its last count."""
         roster = self._roster
         await together(roster.check(member.spec.name) for member in roster.members)
-        return Snapshot(roster.epoch, roster.members, self._own_process)
+        autoscaled = self.autoscaling.told() if self.autoscaling else ()
+        return Snapshot(roster.epoch, roster.members, self._own_process, autoscaled)
+
+    async def scale_experts(self, num_replicas: int, group: int | None) -> Change:
+        """By hand; see Changes. Raises `ChangeRefused` beyond the limits of autoscaling."""
+        if self.autoscaling is not None:
+            self.autoscaling.require_within_limits(Role.EXPERT, num_replicas)
+        return await self.changes.scale_experts(num_replicas, group)
+
+    async def scale_attention(self, num_workers: int) -> Change:
+        """By hand; see Changes. Raises `ChangeRefused` beyond the limits of autoscaling."""
+        if self.autoscaling is not None:
+            self.autoscaling.require_within_limits(Role.ATTENTION, num_workers)
+        return await self.changes.scale_attention(num_workers)
 
     async def watch(self) -> str:
         """Returns why, once the living could not serve for as long as restarts may take."""
@@ -91,6 +118,9 @@ class Supervisor:
         """Drain callers before those whom they call, then end every process. The grace time is
         that of all roles together. Whoever serves yet has a say, also while others still start:
         a KV store that is just killed leaves its shared memory behind."""
+        if self._scaling is not None:
+            self._scaling.cancel()
+            await asyncio.wait([self._scaling])
         await self._keeper.let_all_go()
         await self.changes.stop()
         await self._keeper.let_all_go()  # whom a change that was under way had just added

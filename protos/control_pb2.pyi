@@ -126,12 +126,38 @@ class GatewayStats(_message.Message):
     def __init__(self, received_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., rejected_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., active_requests: _Optional[int] = ..., max_active_requests: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., waits: _Optional[int] = ..., continuations: _Optional[int] = ..., first_token_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ...) -> None: ...
 
 class GetTopologyResponse(_message.Message):
-    __slots__ = ("epoch", "members")
+    __slots__ = ("epoch", "members", "autoscaled")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    AUTOSCALED_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     members: _containers.RepeatedCompositeFieldContainer[Member]
-    def __init__(self, epoch: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ...) -> None: ...
+    autoscaled: _containers.RepeatedCompositeFieldContainer[Autoscaled]
+    def __init__(self, epoch: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., autoscaled: _Optional[_Iterable[_Union[Autoscaled, _Mapping]]] = ...) -> None: ...
+
+class Autoscaled(_message.Message):
+    __slots__ = ("role", "expert_group", "min_replicas", "max_replicas", "replicas", "desired_replicas", "busy_share", "queue_seconds", "last_change", "last_change_age_seconds")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_GROUP_FIELD_NUMBER: _ClassVar[int]
+    MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    DESIRED_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_SHARE_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LAST_CHANGE_FIELD_NUMBER: _ClassVar[int]
+    LAST_CHANGE_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    expert_group: int
+    min_replicas: int
+    max_replicas: int
+    replicas: int
+    desired_replicas: int
+    busy_share: float
+    queue_seconds: float
+    last_change: str
+    last_change_age_seconds: float
+    def __init__(self, role: _Optional[str] = ..., expert_group: _Optional[int] = ..., min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ..., replicas: _Optional[int] = ..., desired_replicas: _Optional[int] = ..., busy_share: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., last_change: _Optional[str] = ..., last_change_age_seconds: _Optional[float] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
     __slots__ = ("experts", "attention")

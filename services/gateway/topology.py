@@ -30,6 +30,7 @@ class Topology:
 
     epoch: int
     members: tuple[Member, ...]
+    autoscaled: tuple[control_pb2.Autoscaled, ...] = ()
 
 
 TopologySource: TypeAlias = Callable[[], Awaitable[Topology]]

@@ -80,7 +80,9 @@ def topology_to_wire(topology: Topology) -> control_pb2.GetTopologyResponse:
         )
         for member in topology.members
     ]
-    return control_pb2.GetTopologyResponse(epoch=topology.epoch, members=members)
+    return control_pb2.GetTopologyResponse(
+        epoch=topology.epoch, members=members, autoscaled=topology.autoscaled
+    )
 
 
 def _usage(final: Final) -> inference_pb2.Usage:

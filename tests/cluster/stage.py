@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from cluster.backoff import RestartPolicy
-from cluster.config import TopologySettings
+from cluster.config import AutoscaleSettings, TopologySettings
 from cluster.members import (
     ActorDied,
     ChangeFailed,
@@ -53,6 +53,9 @@ class Stage:
     never_stops: str = ""
     refuses_updates: str = ""
     cannot_hold: str = ""  # other experts than it was created with
+    stats: dict[str, RoleStats] = field(default_factory=dict)  # what each reports, if scripted
+    autoscale: AutoscaleSettings | None = None
+    now: float = 1000.0  # on the autoscaling loop's clock
     gentle: dict[str, bool] = field(default_factory=dict)  # how each was told to load
     busy: set[str] = field(default_factory=set)
     rooms_now: tuple[Room, ...] = (Room(), Room())
@@ -67,7 +70,15 @@ class Stage:
         return processes[-1]
 
     def supervisor(self) -> Supervisor:
-        return Supervisor(self.topology, self.create, OWN_PROCESS, self, self.patience)
+        return Supervisor(
+            self.topology,
+            self.create,
+            OWN_PROCESS,
+            self,
+            self.patience,
+            self.autoscale,
+            clock=lambda: self.now,
+        )
 
     @asynccontextmanager
     async def started(self) -> AsyncIterator[Supervisor]:
@@ -185,7 +196,7 @@ class StagedActor:
         self._live()
         if self.name in self.stage.busy:
             await asyncio.Event().wait()
-        return RoleStats(requests=7)
+        return self.stage.stats.get(self.name, RoleStats(requests=7))
 
     async def hold(self, experts: Sequence[int]) -> None:
         self._live()

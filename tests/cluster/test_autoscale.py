@@ -1,6 +1,7 @@
 """What the scaling policy decides: quickly up, slowly down, and not at all on noise."""
 
 import math
+import random
 from collections.abc import Iterable
 
 import pytest
@@ -147,6 +148,16 @@ def test_a_queue_that_becomes_shorter_asks_for_nothing_more() -> None:
     for queue in range(60, 1, -1):
         assert role.measure(1.0, float(queue)) == 8
     assert role.until_change(busy=1.0, queue=3.0) <= SETTINGS.up_after_seconds + 2 * INTERVAL
+
+
+def test_a_queue_that_is_measured_with_noise_is_taken_for_what_it_is_on_the_whole() -> None:
+    rng = random.Random(0)
+    role = Role(8)
+    for queue in range(60, 1, -1):
+        assert role.measure(1.0, queue + rng.uniform(-1, 1)) == 8
+    for _ in range(20):
+        role.measure(0.7, 3 + rng.uniform(-1, 1))
+    assert role.replicas > 8
 
 
 def test_time_without_samples_counts_for_neither_direction() -> None:

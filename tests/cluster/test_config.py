@@ -1,5 +1,6 @@
 """Settings: which source wins, and what a wrong key or value is told."""
 
+import operator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,16 @@ def test_the_environment_overrides_the_file_and_flags_override_both(tmp_path: Pa
     assert (wanted.attention_workers, wanted.expert_groups, wanted.expert_replicas) == (2, 3, 4)
 
 
+def test_sections_within_a_section_merge_key_by_key(tmp_path: Path) -> None:
+    file = write(tmp_path, "autoscale: {enabled: true, experts: {min_replicas: 2}, attention: {}}")
+    environment = {"MODEL1_AUTOSCALE__EXPERTS__MAX_REPLICAS": "5"}
+    autoscale = load_settings(file, environment=environment).autoscale
+    assert autoscale.enabled
+    assert (autoscale.experts.min_replicas, autoscale.experts.max_replicas) == (2, 5)
+    assert autoscale.experts.queue_seconds == 0.02  # the role's own default
+    assert autoscale.attention == Settings().autoscale.attention
+
+
 def test_a_default_of_the_verb_gives_way_to_every_source(tmp_path: Path) -> None:
     defaults = {"gateway.port": 0}
     assert load_settings(environment={}, defaults=defaults).gateway.port == 0
@@ -35,9 +46,11 @@ def test_a_default_of_the_verb_gives_way_to_every_source(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("key", sorted(known_keys()))
 def test_every_key_can_be_set_by_its_environment_variable(key: str) -> None:
-    section, _, name = key.partition(".")
+    section, name = key.split(".")[0], key.split(".")[-1]
     values = {
         "dtype": "bfloat16",
+        "min_replicas": "3",
+        **dict.fromkeys(("busy_share", "tolerance"), "0.5"),
         "device": "cuda",
         "enabled": "False",
         "kv_format": "fp8",
@@ -58,7 +71,7 @@ def test_every_key_can_be_set_by_its_environment_variable(key: str) -> None:
         if section in ("tls", "client") or (name == "TLS" and "certificate" in key)
     }
     settings = load_settings(environment={**pem, known_keys()[key]: value})
-    found = getattr(getattr(settings, section), name)
+    found = operator.attrgetter(key)(settings)
     if isinstance(found, SecretStr):
         found = found.get_secret_value()
     assert str(found).removesuffix(".0") == value
@@ -107,6 +120,10 @@ def test_an_empty_environment_variable_sets_nothing() -> None:
             "{tls: {ca_file: a, cert_file: b, key_file: c}, cluster: {ray_address: auto}}",
             r"kv\.redis must not be embedded",
         ),
+        ("autoscale: {experts: {max: 3}}", r"'autoscale\.experts\.max'; .*experts\.max_"),
+        ("autoscale: {experts: {min_replicas: 9}}", r"autoscale\.experts: min_replicas 9 is more"),
+        ("autoscale: {attention: 3}", r"'autoscale\.attention' is a section"),
+        ("autoscale: {attention: {busy_share: 2}}", r"autoscale\.attention\.busy_share = 2"),
         ("- 3", "expected sections"),
         ("topology: {", "is not YAML"),
     ],
