@@ -83,6 +83,9 @@ class TopologySettings(_Section):
     attention_workers: int = Field(1, ge=1, le=1024)
     expert_groups: int = Field(2, ge=1, le=1024)
     expert_replicas: int = Field(1, ge=1, le=1024)
+    gateways: Literal["one", "per_node"] = Field(
+        "one", description="per_node: one on each node with attention workers"
+    )
 
 
 class GatewaySettings(_Section):

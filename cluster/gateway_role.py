@@ -7,10 +7,10 @@ from collections.abc import Awaitable
 
 from cluster import members
 from cluster.access import accepted_tokens, process_tls
-from cluster.config import Settings
+from cluster.config import GatewaySettings, Settings
 from cluster.members import Listening, Peers, Snapshot
 from cluster.preflight import model_directory
-from cluster.roles import Serve, Serving, SupervisorLink
+from cluster.roles import Place, Serve, Serving, SupervisorLink
 from cluster.topology import Role
 from model1.errors import InvalidRequest
 from protos.control_pb2 import RoleStats
@@ -19,7 +19,7 @@ from services.gateway.operations import Change
 from services.gateway.topology import Member, Topology
 
 
-def load_gateway(settings: Settings, supervisor: SupervisorLink) -> Serve:
+def load_gateway(settings: Settings, supervisor: SupervisorLink, place: Place) -> Serve:
     from services.gateway.server import GatewayConfig, GatewayServer
     from services.gateway.store import StoreAddress
     from services.gateway.watched_worker import SilenceLimits
@@ -33,7 +33,7 @@ def load_gateway(settings: Settings, supervisor: SupervisorLink) -> Serve:
         config = GatewayConfig(
             model_dir=model_directory(settings.model),
             version=importlib.metadata.version("model1"),
-            address=peers.last_address or gateway.endpoint,
+            address=_where(gateway, peers.last_address),
             default_max_tokens=gateway.default_max_tokens,
             max_active_requests=gateway.max_active_requests,
             continue_patience_seconds=gateway.continue_patience_seconds,
@@ -60,9 +60,22 @@ def load_gateway(settings: Settings, supervisor: SupervisorLink) -> Serve:
             gateway = server.stats()
             return RoleStats(requests=gateway.finished_requests, gateway=gateway)
 
-        return Serving(Listening(server.address), stats, server.stop, update)
+        return Serving(Listening(_reachable(server.address, place)), stats, server.stop, update)
 
     return serve
+
+
+def _where(gateway: GatewaySettings, last_address: str) -> str:
+    """One that comes back listens on the port that it is known by."""
+    if not last_address:
+        return gateway.endpoint
+    return gateway.model_copy(update={"port": int(last_address.rpartition(":")[2])}).endpoint
+
+
+def _reachable(address: str, place: Place) -> str:
+    """All addresses of a node are none that others could call."""
+    host, _, port = address.rpartition(":")
+    return f"{place.bind_host}:{port}" if host in ("0.0.0.0", "[::]") else address
 
 
 class SupervisedOperations:

@@ -93,7 +93,7 @@ def load_role(
         case Role.GATEWAY:
             from cluster.gateway_role import load_gateway
 
-            return load_gateway(settings, supervisor)
+            return load_gateway(settings, supervisor, place)
         case Role.ATTENTION:
             return load_attention(spec.name, settings, place)
         case Role.ROUTER:

@@ -59,7 +59,7 @@ class ActorSpec:
 class Room:
     """What a node has room for in all. `slots` of None: as many as are wanted."""
 
-    is_alive: bool = True
+    is_alive: bool = True  # and takes more
     slots: Mapping[Role, int] | None = None
 
 
@@ -68,6 +68,7 @@ class Topology:
     experts_of_group: tuple[range, ...]
     actors: tuple[ActorSpec, ...]
     with_kv_stores: bool = field(default=True, kw_only=True)
+    with_gateways: bool = field(default=False, kw_only=True)  # on each node with workers
 
     @property
     def num_groups(self) -> int:
@@ -138,6 +139,18 @@ def split_experts(num_experts: int, num_groups: int) -> tuple[range, ...]:
     return tuple(range(begin, end) for begin, end in zip([0, *ends], ends, strict=False))
 
 
+def empty_topology(
+    wanted: TopologySettings, *, num_experts: int, with_kv_stores: bool = True
+) -> Topology:
+    """Nobody is there yet."""
+    return Topology(
+        split_experts(num_experts, wanted.expert_groups),
+        (),
+        with_kv_stores=with_kv_stores,
+        with_gateways=wanted.gateways == "per_node",
+    )
+
+
 def plan_topology(
     wanted: TopologySettings,
     *,
@@ -145,29 +158,29 @@ def plan_topology(
     rooms: Sequence[Room] = (Room(),),
     with_kv_stores: bool = True,
 ) -> Topology:
-    """One gateway, and the rest as `with_workers` and `with_replicas` place them."""
-    topology = Topology(
-        split_experts(num_experts, wanted.expert_groups),
-        (ActorSpec("gateway-0", Role.GATEWAY, 0),),
-        with_kv_stores=with_kv_stores,
-    )
+    """One gateway, unless each node with workers has one, and the rest as `with_workers` and
+    `with_replicas` place them."""
+    topology = empty_topology(wanted, num_experts=num_experts, with_kv_stores=with_kv_stores)
     topology = with_workers(topology, wanted.attention_workers, rooms)
     groups = range(wanted.expert_groups)
     return with_replicas(topology, wanted.expert_replicas, groups, rooms)
 
 
 def with_workers(topology: Topology, num_workers: int, rooms: Sequence[Room]) -> Topology:
-    """Attention workers added until there are so many, where the fewest are; a router and a KV
-    store on every node that has a worker. Raises `NoFreeSlot`."""
+    """Attention workers added until there are so many, where the fewest are; a router, a KV store
+    and, where each node has its own, a gateway on every node that has a worker. Raises
+    `NoFreeSlot`."""
+    if not topology.with_gateways and not topology.of_role(Role.GATEWAY):
+        first = next((node for node, room in enumerate(rooms) if room.is_alive), 0)
+        topology = _on_each(topology, Role.GATEWAY, [first])
     num_wanted = num_workers - len(topology.of_role(Role.ATTENTION))
     for _ in range(num_wanted):
         topology = topology.with_actors((_another_worker(topology, rooms, num_wanted),))
-    nodes = {worker.node for worker in topology.of_role(Role.ATTENTION)}
-    new = sorted(nodes - {router.node for router in topology.of_role(Role.ROUTER)})
-    topology = topology.with_actors(ActorSpec(f"router-{n}", Role.ROUTER, n) for n in new)
+    nodes = sorted({worker.node for worker in topology.of_role(Role.ATTENTION)})
+    topology = _on_each(topology, Role.ROUTER, nodes)
     if topology.with_kv_stores:
-        topology = topology.with_actors(ActorSpec(f"kvstore-{n}", Role.KVSTORE, n) for n in new)
-    return topology
+        topology = _on_each(topology, Role.KVSTORE, nodes)
+    return _on_each(topology, Role.GATEWAY, nodes) if topology.with_gateways else topology
 
 
 def with_replicas(
@@ -204,16 +217,28 @@ def surplus(
     return tuple(ranked[: max(0, len(actors) - num_wanted)])
 
 
+def _on_each(topology: Topology, role: Role, nodes: Iterable[int]) -> Topology:
+    """One of the role on each of these nodes, called like its node where that name is free."""
+    has_one = {actor.node for actor in topology.of_role(role)}
+    for node in nodes:
+        if node not in has_one:
+            name = _free_name(topology, role, first=node)
+            topology = topology.with_actors((ActorSpec(name, role, node),))
+    return topology
+
+
+def _free_name(topology: Topology, role: Role, first: int = 0) -> str:
+    return next(name for n in count(first) if topology.named(name := f"{role}-{n}") is None)
+
+
 def _another_worker(topology: Topology, rooms: Sequence[Room], num_wanted: int) -> ActorSpec:
     workers = topology.of_role(Role.ATTENTION)
 
     def crowd(node: int) -> tuple[int, ...]:
         return (sum(worker.node == node for worker in workers),)
 
-    taken = {worker.name for worker in workers}
-    name = next(name for n in count() if (name := f"attention-{n}") not in taken)
     node = _least_crowded(crowd, Role.ATTENTION, topology.actors, rooms, num_wanted)
-    return ActorSpec(name, Role.ATTENTION, node)
+    return ActorSpec(_free_name(topology, Role.ATTENTION), Role.ATTENTION, node)
 
 
 def _another_replica(

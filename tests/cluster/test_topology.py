@@ -171,3 +171,13 @@ def test_surplus_takes_the_dead_and_then_the_last_to_come() -> None:
     names = [spec.name for spec in surplus(replicas, 1, alive)]
     assert names == ["expert-0-1", "expert-0-3", "expert-0-2"]
     assert surplus(replicas, 5, alive) == ()
+
+
+def test_each_node_with_workers_has_a_gateway_of_its_own_where_that_is_wanted() -> None:
+    each = wanted(2, 1, 1).model_copy(update={"gateways": "per_node"})
+    rooms = [slots(0, 0), slots(0), slots(0), slots(4, 0)]
+    topology = plan_topology(each, num_experts=4, rooms=rooms)
+    assert [(g.name, g.node) for g in topology.of_role(Role.GATEWAY)] == [
+        ("gateway-1", 1),
+        ("gateway-2", 2),
+    ]
