@@ -79,7 +79,7 @@ class AttentionStatsRequest(_message.Message):
     def __init__(self, crossing_rows: _Optional[int] = ...) -> None: ...
 
 class AttentionStatsResponse(_message.Message):
-    __slots__ = ("worker", "draining", "waiting_sequences", "running_sequences", "accepted_requests", "finished_requests", "cancelled_requests", "failed_requests", "steps", "prompt_tokens", "completion_tokens", "largest_batch_tokens", "layer_crossings", "crossing_seconds_p50", "crossing_seconds_p99", "crossing_wait_seconds_p50", "crossing_wait_seconds_p99", "kv", "crossing_seconds", "crossing_wait_seconds", "queue_seconds", "first_token_seconds", "step_seconds", "filled_seconds", "oldest_waiting_seconds")
+    __slots__ = ("worker", "draining", "waiting_sequences", "running_sequences", "accepted_requests", "finished_requests", "cancelled_requests", "failed_requests", "steps", "prompt_tokens", "completion_tokens", "largest_batch_tokens", "layer_crossings", "crossing_seconds_p50", "crossing_seconds_p99", "crossing_wait_seconds_p50", "crossing_wait_seconds_p99", "kv", "crossing_seconds", "crossing_wait_seconds", "queue_seconds", "first_token_seconds", "step_seconds", "filled_seconds", "oldest_waiting_seconds", "overlapped_steps", "overlap")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,8 @@ class AttentionStatsResponse(_message.Message):
     STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     FILLED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     OLDEST_WAITING_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    OVERLAPPED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    OVERLAP_FIELD_NUMBER: _ClassVar[int]
     worker: str
     draining: bool
     waiting_sequences: int
@@ -130,7 +132,23 @@ class AttentionStatsResponse(_message.Message):
     step_seconds: _histogram_pb2.Histogram
     filled_seconds: float
     oldest_waiting_seconds: float
-    def __init__(self, worker: _Optional[str] = ..., draining: _Optional[bool] = ..., waiting_sequences: _Optional[int] = ..., running_sequences: _Optional[int] = ..., accepted_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., largest_batch_tokens: _Optional[int] = ..., layer_crossings: _Optional[int] = ..., crossing_seconds_p50: _Optional[float] = ..., crossing_seconds_p99: _Optional[float] = ..., crossing_wait_seconds_p50: _Optional[float] = ..., crossing_wait_seconds_p99: _Optional[float] = ..., kv: _Optional[_Union[AttentionKvStats, _Mapping]] = ..., crossing_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., crossing_wait_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., queue_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., first_token_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., step_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., filled_seconds: _Optional[float] = ..., oldest_waiting_seconds: _Optional[float] = ...) -> None: ...
+    overlapped_steps: int
+    overlap: _containers.RepeatedCompositeFieldContainer[AttentionOverlap]
+    def __init__(self, worker: _Optional[str] = ..., draining: _Optional[bool] = ..., waiting_sequences: _Optional[int] = ..., running_sequences: _Optional[int] = ..., accepted_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., largest_batch_tokens: _Optional[int] = ..., layer_crossings: _Optional[int] = ..., crossing_seconds_p50: _Optional[float] = ..., crossing_seconds_p99: _Optional[float] = ..., crossing_wait_seconds_p50: _Optional[float] = ..., crossing_wait_seconds_p99: _Optional[float] = ..., kv: _Optional[_Union[AttentionKvStats, _Mapping]] = ..., crossing_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., crossing_wait_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., queue_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., first_token_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., step_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., filled_seconds: _Optional[float] = ..., oldest_waiting_seconds: _Optional[float] = ..., overlapped_steps: _Optional[int] = ..., overlap: _Optional[_Iterable[_Union[AttentionOverlap, _Mapping]]] = ...) -> None: ...
+
+class AttentionOverlap(_message.Message):
+    __slots__ = ("max_tokens", "has_prompts", "micro_batches", "ratio", "wait_share")
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HAS_PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    RATIO_FIELD_NUMBER: _ClassVar[int]
+    WAIT_SHARE_FIELD_NUMBER: _ClassVar[int]
+    max_tokens: int
+    has_prompts: bool
+    micro_batches: int
+    ratio: float
+    wait_share: float
+    def __init__(self, max_tokens: _Optional[int] = ..., has_prompts: _Optional[bool] = ..., micro_batches: _Optional[int] = ..., ratio: _Optional[float] = ..., wait_share: _Optional[float] = ...) -> None: ...
 
 class AttentionKvStats(_message.Message):
     __slots__ = ("asked_tokens", "hit", "restored", "computed_tokens", "skipped_tokens", "failed_tokens", "late_tokens", "saved_blobs", "dropped_blobs", "held_blocks", "cached_blocks", "max_blocks", "pool_bytes", "waiting_blobs")

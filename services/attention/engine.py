@@ -49,6 +49,8 @@ class EngineConfig:
     kv: KvCacheConfig = field(default_factory=KvCacheConfig)
     # A whole layer crossing; a hung router must not hold KV for ever.
     crossing_timeout_s: float = 60.0
+    # A step as one batch or as two micro-batches; None: what turns out to be faster.
+    micro_batches: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +91,12 @@ class Engine:
         self._live: dict[str, _Live] = {}
         self._counters = Counters()
         self._runner = StepRunner(
-            trunk, pool, experts, self._counters, crossing_timeout_s=config.crossing_timeout_s
+            trunk,
+            pool,
+            experts,
+            self._counters,
+            crossing_timeout_s=config.crossing_timeout_s,
+            micro_batches=config.micro_batches,
         )
         self._wake = asyncio.Event()
         self._kv = KvCache(
@@ -160,6 +167,7 @@ class Engine:
         return EngineStats(
             counters=copy.copy(self._counters),
             kv=self._kv.stats(),
+            overlap=self._runner.overlap.choices,
             waiting_sequences=self._scheduler.num_waiting,
             running_sequences=self._scheduler.num_running,
             oldest_waiting_seconds=0.0 if oldest_s is None else _now_s() - oldest_s,

@@ -1,7 +1,6 @@
 """The routed experts in this process: the same engine without router, replicas or gRPC."""
 
 import asyncio
-from collections.abc import Awaitable
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ class LocalExperts:
         assert len(bank.expert_ids) == bank.config.n_routed_experts
         self._bank = bank
 
-    async def submit(self, call: ExpertCall, timeout_seconds: float) -> Awaitable[Tensor]:
+    async def submit(self, call: ExpertCall, timeout_seconds: float) -> asyncio.Future[Tensor]:
         answer: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
         with torch.inference_mode():
             answer.set_result(local_sum(self._bank, call))

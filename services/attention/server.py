@@ -247,6 +247,17 @@ def _stats_to_wire(name: str, stats: EngineStats) -> attention_pb2.AttentionStat
         step_seconds=counters.step_seconds.to_wire(),
         filled_seconds=counters.filled_seconds,
         oldest_waiting_seconds=stats.oldest_waiting_seconds,
+        overlapped_steps=counters.overlapped_steps,
+        overlap=[
+            attention_pb2.AttentionOverlap(
+                max_tokens=size.max_tokens,
+                has_prompts=size.has_prompts,
+                micro_batches=choice.micro_batches,
+                ratio=choice.ratio,
+                wait_share=choice.wait_share,
+            )
+            for size, choice in sorted(stats.overlap.items())
+        ],
     )
 
 

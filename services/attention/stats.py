@@ -4,11 +4,12 @@ Knows neither engine nor wire.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from services.attention.cost_model import Source
+from services.attention.overlap import Choice, StepSize
 from services.histogram import Histogram
 
 # Enough for the last few hundred steps of a deep model; older crossings are forgotten.
@@ -51,6 +52,7 @@ class Counters:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     largest_batch_tokens: int = 0
+    overlapped_steps: int = 0  # as two micro-batches
     layer_crossings: int = 0
     filled_seconds: float = 0.0  # of steps, each as far as it was full
     queue_seconds: Histogram = field(default_factory=Histogram)  # from acceptance to the first step
@@ -117,6 +119,7 @@ class EngineStats:
 
     counters: Counters  # a copy
     kv: KvStats
+    overlap: Mapping[StepSize, Choice]
     waiting_sequences: int
     running_sequences: int
     oldest_waiting_seconds: float  # 0: nobody waits

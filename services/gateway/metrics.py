@@ -199,6 +199,11 @@ def _damaged(tier: kvstore_pb2.KvTierStat) -> dict[str, float]:
     return {**counts, "other": sum(tier.damaged.values()) - sum(counts.values())}
 
 
+def _step_size(overlap: attention_pb2.AttentionOverlap) -> str:
+    """decode-64: steps that only decode, 33 to 64 tokens."""
+    return f"{'prompt' if overlap.has_prompts else 'decode'}-{overlap.max_tokens}"
+
+
 def _sources(tokens: attention_pb2.AttentionTierTokens) -> dict[str, float]:
     return {
         "device": tokens.device,
@@ -314,6 +319,24 @@ _WORKER: tuple[_Family[WorkerStats], ...] = (
         lambda stats: stats.waiting_sequences,
     ),
     _counter("model1_worker_steps_total", "Forward steps.", lambda stats: stats.steps),
+    _counter(
+        "model1_worker_overlapped_steps_total",
+        "Of these, those that ran as two micro-batches, which compute while the other's rows are "
+        "away.",
+        lambda stats: stats.overlapped_steps,
+    ),
+    _gauge(
+        "model1_worker_micro_batches",
+        "1 or 2: what is faster for steps of up to so many tokens, as measured.",
+        lambda stats: {_step_size(each): each.micro_batches for each in stats.overlap},
+        "step",
+    ),
+    _gauge(
+        "model1_worker_overlap_ratio",
+        "Time of a step as two micro-batches over that as one, when both were tried last.",
+        lambda stats: {_step_size(each): each.ratio for each in stats.overlap if each.ratio},
+        "step",
+    ),
     _counter(
         "model1_worker_layer_crossings_total",
         "Rows of one layer sent to the routed experts, and their sum received.",

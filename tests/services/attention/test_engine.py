@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 from torch import Tensor
@@ -44,7 +44,7 @@ class ControlledExperts:
         self.num_calls = 0
         self._local = LocalExperts(tiny_model.model().experts)
 
-    async def submit(self, call: ExpertCall, timeout_seconds: float) -> Awaitable[Tensor]:
+    async def submit(self, call: ExpertCall, timeout_seconds: float) -> asyncio.Future[Tensor]:
         self.num_calls += 1
         self.timeouts.append(timeout_seconds)
         await self.gate.wait()
@@ -61,9 +61,12 @@ async def running_engine(
     pool: KVPool | None = None,
     limits: SchedulerLimits = LIMITS,
     crossing_timeout_s: float = 30.0,
+    micro_batches: int | None = None,
 ) -> AsyncIterator[Engine]:
     """Checks pool and scheduler when the engine is idle at the end."""
-    config = EngineConfig(limits=limits, crossing_timeout_s=crossing_timeout_s)
+    config = EngineConfig(
+        limits=limits, crossing_timeout_s=crossing_timeout_s, micro_batches=micro_batches
+    )
     engine = Engine(tiny_model.model().trunk, pool or tiny_model.pool(), experts, config)
     running = asyncio.create_task(engine.run())
     try:
@@ -406,9 +409,9 @@ async def test_cancelling_the_loop_mid_step_frees_everything() -> None:
     assert pool.usage().sequences == 0
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "micro_batches"), [(0, 1), (1, 1), (2, 2), (3, 2)])
 async def test_under_random_cancels_deadlines_and_failures_each_request_ends_once(
-    seed: int, caplog: pytest.LogCaptureFixture
+    seed: int, micro_batches: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     draw = random.Random(seed)
     experts, pool = ControlledExperts(), tiny_model.pool(max_sequences=3, max_tokens=500)
@@ -439,7 +442,7 @@ async def test_under_random_cancels_deadlines_and_failures_each_request_ends_onc
         assert token_ids == whole[shape][: len(token_ids)]
 
     limits = SchedulerLimits(max_batch_tokens=16, max_sequences=3, max_waiting=30)
-    async with running_engine(experts, pool, limits) as engine:
+    async with running_engine(experts, pool, limits, micro_batches=micro_batches) as engine:
         experts.errors_at = {
             call: draw.choice((ExpertsUnavailable("gone"), RuntimeError("boom")))
             for call in draw.sample(range(60), k=4)

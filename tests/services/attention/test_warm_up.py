@@ -1,7 +1,6 @@
 """What the cost model knows before the first request."""
 
 import asyncio
-from collections.abc import Awaitable
 
 import pytest
 from torch import Tensor
@@ -30,7 +29,7 @@ class NoExperts:
     def __init__(self, error: Exception | None) -> None:
         self._error = error
 
-    async def submit(self, call: ExpertCall, timeout_seconds: float) -> Awaitable[Tensor]:
+    async def submit(self, call: ExpertCall, timeout_seconds: float) -> asyncio.Future[Tensor]:
         if self._error is not None:
             raise self._error
         return asyncio.get_running_loop().create_future()

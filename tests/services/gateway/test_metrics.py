@@ -19,7 +19,7 @@ from tests.services.gateway.scraped import Samples
 
 LABELS = {
     *("version", "outcome", "source", "role", "name", "worker", "why", "store", "tier"),
-    *("reason", "quantile", "failure"),
+    *("reason", "quantile", "failure", "step"),
 }
 
 
@@ -163,6 +163,20 @@ def test_without_a_supervisor_the_rest_is_told() -> None:
     assert found("model1_up", role="attention", name="attention-0") == 0
     assert found("model1_up", role="kvstore", name="kvstore-0") == 1
     assert list(found.labels("model1_routing_epoch")) == []
+
+
+def test_how_a_worker_overlaps_is_told_by_size_of_step() -> None:
+    found_so_far = [
+        attention_pb2.AttentionOverlap(max_tokens=64, micro_batches=2, ratio=0.8),
+        attention_pb2.AttentionOverlap(max_tokens=512, has_prompts=True, micro_batches=1),
+    ]
+    stats = attention_pb2.AttentionStatsResponse(steps=9, overlapped_steps=4, overlap=found_so_far)
+    found = samples(report(workers=[("attention-0", stats)]))
+    assert found("model1_worker_overlapped_steps_total", worker="attention-0") == 4
+    assert found("model1_worker_micro_batches", worker="attention-0", step="decode-64") == 2
+    assert found("model1_worker_micro_batches", worker="attention-0", step="prompt-512") == 1
+    assert values(found, step="decode-64") == {2, 0.8}
+    assert values(found, step="prompt-512") == {1}  # not tried yet
 
 
 def test_no_number_of_a_workers_kv_is_forgotten() -> None:
