@@ -1,0 +1,77 @@
+{{/* The runtime config: values' `settings`, and what follows from the rest of the values. Keys of
+values are camelCase, those of the program snake_case; what is null is the program's default. */}}
+{{- define "model1.config" -}}
+{{- $config := dict -}}
+{{- range $section, $keys := .Values.settings -}}
+{{- $own := dict -}}
+{{- range $key, $value := $keys -}}
+{{- if not (kindIs "invalid" $value) -}}{{- $_ := set $own ($key | snakecase) $value -}}{{- end -}}
+{{- end -}}
+{{- $_ := set $config $section $own -}}
+{{- end -}}
+
+{{- with include "model1.modelPath" . -}}{{- $_ := set $config.model "path" . -}}{{- end -}}
+{{- $_ := set $config "topology" (dict "expert_groups" .Values.experts.groups) -}}
+{{- $_ := set $config.gateway "host" "0.0.0.0" -}}
+{{- $_ := set $config.gateway "port" 50051 -}}
+{{- $_ := set $config.gateway "metrics_host" "0.0.0.0" -}}
+{{- $_ := set $config.gateway "metrics_port" 9464 -}}
+{{- if .Values.kv.disk.type -}}
+{{- $_ := set $config.kv "disk_path" "/var/lib/model1/kv" -}}
+{{- end -}}
+{{- if not .Values.redis.coldTier -}}
+{{- $_ := set $config.kv "redis" "off" -}}
+{{- else -}}
+{{- $_ := set $config.kv "redis" (include "model1.redisUrl" .) -}}
+{{- if include "model1.redisHasPassword" . -}}
+{{- $_ := set $config.kv "redis_password_file" "/etc/model1/redis/password" -}}
+{{- end -}}
+{{- if .Values.redis.caSecret.name -}}
+{{- $_ := set $config.kv "redis_ca_file" "/etc/model1/redis-ca/ca.crt" -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set $config.cluster "ray_address" "auto" -}}
+{{- if .Values.tls.enabled -}}
+{{- $files := dict "cert_file" "/etc/model1/tls/tls.crt" "key_file" "/etc/model1/tls/tls.key" "ca_file" "/etc/model1/tls/ca.crt" "server_name" .Values.tls.serverName -}}
+{{- $_ := set $config "tls" $files -}}
+{{- $_ := set $config "client" (deepCopy $files) -}}
+{{- $_ := set $config.gateway "require_client_certificate" .Values.tls.requireClientCertificate -}}
+{{- end -}}
+{{- if .Values.auth.tokens.enabled -}}
+{{- $_ := set $config.gateway "tokens_file" "/etc/model1/tokens/tokens" -}}
+{{- $_ := set $config "client" (merge (dict "token_file" "/etc/model1/tokens/tokens") ($config.client | default dict)) -}}
+{{- end -}}
+{{- range $section, $keys := $config }}
+{{- if $keys }}
+{{ $section }}:
+{{- range $key, $value := $keys }}
+  {{ $key }}: {{ toJson $value }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Where the checkpoint is mounted; empty: the one inside the image's package. */}}
+{{- define "model1.modelPath" -}}
+{{- with .Values.model -}}
+{{- if eq .source "path" -}}
+{{ .path }}
+{{- else if ne .source "shipped" -}}
+/models{{ with .subPath }}/{{ . }}{{ end }}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* "true", or empty. */}}
+{{- define "model1.redisHasPassword" -}}
+{{- if or (not .Values.redis.url) .Values.redis.passwordSecret.name -}}true{{- end -}}
+{{- end -}}
+
+{{- define "model1.usesRedis" -}}
+{{- if or .Values.redis.coldTier .Values.redis.gcsFaultTolerance -}}true{{- end -}}
+{{- end -}}
+
+{{/* "true" where the chart runs the Valkey itself. */}}
+{{- define "model1.ownValkey" -}}
+{{- if and (include "model1.usesRedis" .) (not .Values.redis.url) -}}true{{- end -}}
+{{- end -}}
