@@ -193,7 +193,7 @@ template:
           {{- else if $values.tls.enabled }}
           # The kubelet's own gRPC probe has no TLS.
           exec:
-            command: [model1, health, --config, /etc/model1/model1.yaml, --endpoint, "localhost:50051"]
+            command: [model1, status, --health, --config, /etc/model1/model1.yaml, --endpoint, "localhost:50051"]
           {{- else }}
           grpc: {port: 50051}
           {{- end }}
