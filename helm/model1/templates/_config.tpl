@@ -11,7 +11,7 @@ values are camelCase, those of the program snake_case; what is null is the progr
 {{- end -}}
 
 {{- with include "model1.modelPath" . -}}{{- $_ := set $config.model "path" . -}}{{- end -}}
-{{- $_ := set $config "topology" (dict "expert_groups" .Values.experts.groups) -}}
+{{- $_ := set $config "topology" (dict "expert_groups" .Values.experts.groups "gateways" "per_node") -}}
 {{- $_ := set $config.gateway "host" "0.0.0.0" -}}
 {{- $_ := set $config.gateway "port" 50051 -}}
 {{- $_ := set $config.gateway "metrics_host" "0.0.0.0" -}}
@@ -32,14 +32,11 @@ values are camelCase, those of the program snake_case; what is null is the progr
 {{- end -}}
 {{- $_ := set $config.cluster "ray_address" "auto" -}}
 {{- if .Values.tls.enabled -}}
-{{- $files := dict "cert_file" "/etc/model1/tls/tls.crt" "key_file" "/etc/model1/tls/tls.key" "ca_file" "/etc/model1/tls/ca.crt" "server_name" .Values.tls.serverName -}}
-{{- $_ := set $config "tls" $files -}}
-{{- $_ := set $config "client" (deepCopy $files) -}}
+{{- $_ := set $config "tls" (dict "cert_file" "/etc/model1/tls/tls.crt" "key_file" "/etc/model1/tls/tls.key" "ca_file" "/etc/model1/tls/ca.crt" "server_name" .Values.tls.serverName) -}}
 {{- $_ := set $config.gateway "require_client_certificate" .Values.tls.requireClientCertificate -}}
 {{- end -}}
 {{- if .Values.auth.tokens.enabled -}}
 {{- $_ := set $config.gateway "tokens_file" "/etc/model1/tokens/tokens" -}}
-{{- $_ := set $config "client" (merge (dict "token_file" "/etc/model1/tokens/tokens") ($config.client | default dict)) -}}
 {{- end -}}
 {{- range $section, $keys := $config }}
 {{- if $keys }}
