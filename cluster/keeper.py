@@ -14,9 +14,6 @@ from cluster.topology import ActorSpec, NoFreeSlot, Role, elsewhere
 
 log = logging.getLogger(__name__)
 
-# A KV store's records and its Redis are known by address to all others: it stays dead.
-RESTARTED = (Role.EXPERT, Role.ROUTER, Role.ATTENTION, Role.GATEWAY)
-
 
 class Keeper:
     def __init__(
@@ -58,8 +55,6 @@ class Keeper:
             why = await self._roster.ended(spec.name)
             log.warning("actor_ended name=%s why=%s", spec.name, why)
             self._roster.lose(spec.name)
-            if spec.role not in RESTARTED:
-                return
             async with asyncio.TaskGroup() as both:
                 # A router that is slow to learn of the loss does not hold up the new process.
                 both.create_task(self._tell_of(spec))
@@ -72,7 +67,7 @@ class Keeper:
                 await self._roster.tell_epoch()
             case Role.ATTENTION:
                 await self._roster.tell(Role.GATEWAY)
-            case Role.ROUTER | Role.GATEWAY:  # found where it was
+            case Role.ROUTER | Role.GATEWAY | Role.KVSTORE:  # found where it was
                 await self._roster.tell(spec.role)
 
     async def _bring_back(self, spec: ActorSpec, backoff: Backoff, lived_seconds: float) -> None:

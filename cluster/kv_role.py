@@ -10,11 +10,12 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from cluster.config import KvSettings
 from cluster.members import DeploymentError, Listening, Peers, Redis
 from cluster.roles import Place, Serve, Serving
-from cluster.runtime_dir import runtime_dir
+from cluster.runtime_dir import remove_abandoned, runtime_dir
 from protos.control_pb2 import RoleStats
 
 if TYPE_CHECKING:
@@ -34,12 +35,13 @@ def load_kv_store(name: str, settings: KvSettings, place: Place, tls: "Tls | Non
 
     async def serve(peers: Peers) -> Serving:
         with ExitStack() as parts:
+            remove_abandoned(SHARED_MEMORY)  # what a store that died had: room for ours
             shared = parts.enter_context(
                 runtime_dir(shared_memory(settings.ram_bytes, otherwise=place.runtime_dir))
             )
             redis = peers.redis
-            if settings.redis == "embedded" and redis is None:
-                redis = parts.enter_context(_embedded_redis(settings, place))
+            if settings.redis == "embedded" and (redis is None or redis.run_by == name):
+                redis = parts.enter_context(_embedded_redis(name, settings, place, last=redis))
             own = disk = None
             if settings.disk_path is not None:
                 own = parts.enter_context(claimed_folder(settings.disk_path))
@@ -49,7 +51,7 @@ def load_kv_store(name: str, settings: KvSettings, place: Place, tls: "Tls | Non
             server = await KvStoreServer.open(
                 KvStoreConfig(
                     name=name,
-                    address=f"{place.bind_host}:0",
+                    address=peers.last_address or f"{place.bind_host}:0",
                     arena_dir=shared,
                     ram_bytes=settings.ram_bytes,
                     disk=disk,
@@ -76,17 +78,26 @@ def load_kv_store(name: str, settings: KvSettings, place: Place, tls: "Tls | Non
 
 
 @contextmanager
-def _embedded_redis(settings: KvSettings, place: Place) -> Iterator[Redis]:
-    """A server for all stores of the deployment: it listens where they can reach it."""
+def _embedded_redis(
+    name: str, settings: KvSettings, place: Place, *, last: Redis | None
+) -> Iterator[Redis]:
+    """A server for all stores of the deployment: it listens where they can reach it, and where they
+    found the `last` one, with that one's password."""
     from services.kvstore.valkey import EmbeddedValkey, ValkeyUnavailable
 
     with runtime_dir(place.runtime_dir) as folder:
         try:
-            server = EmbeddedValkey(folder, max_bytes=settings.redis_bytes, host=place.bind_host)
+            server = EmbeddedValkey(
+                folder,
+                max_bytes=settings.redis_bytes,
+                host=place.bind_host,
+                port=(urlsplit(last.url).port or 0) if last else 0,
+                password=last.password if last else None,
+            )
         except ValkeyUnavailable as error:
             raise DeploymentError(f"{error}; kv.redis: off does without") from error
         try:
-            yield Redis(server.url, server.password)
+            yield Redis(server.url, server.password, run_by=name)
         finally:
             server.stop()
 

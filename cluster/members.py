@@ -53,10 +53,11 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Redis:
-    """A Redis that one of our roles runs."""
+    """A Redis that one of our roles runs, and which: it starts another when it comes back."""
 
     url: str
     password: str = field(repr=False)
+    run_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,9 @@ TELL_TIMEOUT_SECONDS = 10.0
 # Beyond its own grace time, for an actor to say that it has stopped.
 STOP_MARGIN_SECONDS = 5.0
 FIRST_EPOCH = 1
+# Others hold their address for as long as the deployment lasts: gateways are known to clients,
+# routers and KV stores to the workers of their nodes, stores to each other.
+FOUND_WHERE_THEY_WERE = (Role.GATEWAY, Role.ROUTER, Role.KVSTORE)
 # Whoever is called comes up before its callers, and goes down after them.
 START_ORDER = (Role.KVSTORE, Role.EXPERT, Role.ROUTER, Role.ATTENTION, Role.GATEWAY)
 
@@ -125,7 +128,7 @@ class Roster:
         """It listens then, and nobody knows of it before it is admitted."""
         peers = self._peers(name)
         member = self._members[name]
-        keeps_its_address = member.spec.role in (Role.ROUTER, Role.GATEWAY)
+        keeps_its_address = member.spec.role in FOUND_WHERE_THEY_WERE
         listening = await self._actors[name].serve(
             replace(peers, last_address=member.address if keeps_its_address else "")
         )

@@ -17,7 +17,8 @@ from pathlib import Path
 PREFIX = "model1-"
 # Below the parent: "/model1-", eight characters of mkdtemp's, "/r".
 LENGTH = 18
-# A folder younger than this may belong to a command that has yet to lock it.
+# A folder younger than this may belong to a command that has yet to lock it. Once it was locked it
+# has no age, and what a process of this moment left can go at once.
 MIN_ABANDONED_SECONDS = 60.0
 
 
@@ -29,6 +30,7 @@ def runtime_dir(parent: Path) -> Iterator[Path]:
     try:
         with (private / "lock").open("w") as lock:  # held until this process ends, however it does
             fcntl.flock(lock, fcntl.LOCK_EX)
+            os.utime(lock.fileno(), (0, 0))
             # Ray makes the folder that it is given 0777; the one around it stays 0700.
             folder = private / "r"
             folder.mkdir()

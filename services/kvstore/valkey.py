@@ -49,13 +49,19 @@ class EmbeddedValkey:
 
     `max_bytes` is for the blobs; the server takes a little more. In `directory`, which is made and
     made private, there is its log. Port 0 is any that is free, and stays the same when the server
-    is started again. Raises ValkeyUnavailable.
+    is started again. Without a password it makes one up. Raises ValkeyUnavailable.
     """
 
     def __init__(
-        self, directory: Path, *, max_bytes: int, host: str = "127.0.0.1", port: int = 0
+        self,
+        directory: Path,
+        *,
+        max_bytes: int,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        password: str | None = None,
     ) -> None:
-        self.password = secrets.token_urlsafe(32)
+        self.password = password or secrets.token_urlsafe(32)
         self.host = host
         self._max_bytes = max_bytes
         self._directory = directory

@@ -6,7 +6,7 @@ from dataclasses import replace
 from cluster.backoff import RestartPolicy
 from cluster.members import MemberState
 from cluster.topology import Room
-from tests.cluster.stage import PATIENCE, Stage, state_of
+from tests.cluster.stage import PATIENCE, REDIS, Stage, state_of
 
 
 async def test_the_loss_of_a_replica_is_published_before_another_process_has_loaded() -> None:
@@ -89,6 +89,18 @@ async def test_the_gateway_comes_back_where_it_was() -> None:
         await stage.until("serve gateway-0")
         assert stage.peers["gateway-0"].last_address == "at-gateway-0"
         assert len(stage.workers()) == 2
+
+
+async def test_a_store_comes_back_where_it_was_and_knows_the_redis_it_had() -> None:
+    stage = Stage()
+    async with stage.started() as supervisor:
+        stage.kill("kvstore-0")
+        await stage.until("serve kvstore-0")
+        peers = stage.peers["kvstore-0"]
+        assert (peers.last_address, peers.redis) == ("at-kvstore-0", REDIS)
+        assert peers.store_addresses == (("kvstore-1", "at-kvstore-1"),)
+        assert (await state_of(supervisor, "kvstore-0")).restarts == 1
+        assert "update attention-0" not in stage.log  # found where it was
 
 
 async def test_what_keeps_failing_is_tried_again_and_counted() -> None:

@@ -1,14 +1,24 @@
 """Where a KV store's files lie."""
 
+import os
+import socket
 import stat
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from cluster.config import load_settings
-from cluster.kv_role import SHARED_MEMORY, claimed_folder, cold_config, shared_memory
-from cluster.members import DeploymentError, Redis
+from cluster.kv_role import (
+    SHARED_MEMORY,
+    claimed_folder,
+    cold_config,
+    load_kv_store,
+    shared_memory,
+)
+from cluster.members import DeploymentError, Peers, Redis
+from cluster.roles import Place
 
 
 def test_stores_that_are_given_one_path_take_a_folder_each(tmp_path: Path) -> None:
@@ -72,3 +82,37 @@ def test_redis_can_be_off() -> None:
 def test_more_than_shared_memory_has_goes_elsewhere(tmp_path: Path) -> None:
     assert shared_memory(1, otherwise=tmp_path) == SHARED_MEMORY
     assert shared_memory(2**60, otherwise=tmp_path) == tmp_path
+
+
+async def test_a_store_that_comes_back_is_where_it_was_with_its_redis(tmp_path: Path) -> None:
+    settings = load_settings(
+        environment={}, flags={"kv.ram_bytes": 2**20, "kv.redis_bytes": 2**20}
+    ).kv
+    serve = load_kv_store("kvstore-0", settings, Place("127.0.0.1", tmp_path))
+    first = await serve(Peers())
+    redis = first.listening.redis
+    assert redis is not None
+    assert redis.run_by == "kvstore-0"
+    await first.stop(0.0)
+    again = await serve(Peers(redis=redis, last_address=first.listening.address))
+    try:
+        assert again.listening == first.listening
+        port = urlsplit(redis.url).port
+        assert port is not None
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(f"AUTH {redis.password}\r\n".encode())
+            assert connection.recv(16).startswith(b"+OK")
+    finally:
+        await again.stop(0.0)
+
+
+async def test_another_store_uses_the_redis_and_starts_none(tmp_path: Path) -> None:
+    settings = load_settings(environment={}, flags={"kv.ram_bytes": 2**20}).kv
+    redis = Redis("redis://127.0.0.1:1", "hush", run_by="kvstore-0")
+    serve = load_kv_store("kvstore-1", settings, Place("127.0.0.1", tmp_path))
+    serving = await serve(Peers(redis=redis))
+    try:
+        assert serving.listening.redis == redis
+        assert not os.listdir(tmp_path)
+    finally:
+        await serving.stop(0.0)
