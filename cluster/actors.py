@@ -108,6 +108,7 @@ class SupervisorProcess:
                 start_seconds=cluster.start_timeout_seconds,
                 drain_seconds=cluster.drain_seconds,
                 restart_seconds=cluster.restart_timeout_seconds,
+                node_seconds=cluster.node_timeout_seconds,
             ),
             settings.autoscale if settings.autoscale.enabled else None,
         )
@@ -145,6 +146,7 @@ class RemoteActor:
         supervisor: SupervisorHandle,
     ) -> None:
         self._name = spec.name
+        self._was_killed = asyncio.Event()
         remote: Any = ray.remote(max_restarts=0)(RoleProcess)
         place = machines.node(spec.node).place
         self._handle: Any = remote.options(**machines.options(spec)).remote(
@@ -173,6 +175,20 @@ class RemoteActor:
         await _answer(self._name, self._handle.retired.remote(epoch))
 
     async def ended(self) -> str:
+        """Also of one whose node is cut off: Ray would wait for what its process says."""
+        ends = [asyncio.create_task(end) for end in (self._process_ended(), self._killed())]
+        try:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()
+        return done.pop().result()
+
+    async def _killed(self) -> str:
+        await self._was_killed.wait()
+        return "it was killed by us"
+
+    async def _process_ended(self) -> str:
         while True:
             try:
                 await self._handle.ended.remote()  # never returns
@@ -187,6 +203,7 @@ class RemoteActor:
         await _answer(self._name, self._handle.stop.remote(grace_seconds))
 
     def kill(self) -> None:
+        self._was_killed.set()
         ray.kill(self._handle)
 
 

@@ -10,7 +10,7 @@ class RestartPolicy:
 
     first_delay_seconds: float = 0.5
     max_delay_seconds: float = 30.0
-    stable_seconds: float = 60.0
+    stable_seconds: float = 10.0
 
 
 class Backoff:

@@ -228,6 +228,9 @@ class ClusterSettings(_Section):
     restart_timeout_seconds: float = Field(
         120.0, gt=0, description="without a role that serving needs; then the deployment ends"
     )
+    node_timeout_seconds: float = Field(
+        5.0, gt=0, description="without an answer of any actor there, until a node counts as lost"
+    )
     slot_timeout_seconds: float = Field(
         300.0, gt=0, description="for a node with a free slot, when scaling up"
     )

@@ -32,6 +32,7 @@ class Directory:
                 workers = self._ready(Role.ATTENTION)
                 return Peers(
                     worker_addresses=tuple(self._place(worker) for worker in workers),
+                    lost_workers=self._lost_workers(),
                     store_addresses=self._store_addresses(),
                 )
             case Role.KVSTORE:
@@ -45,6 +46,12 @@ class Directory:
         member = self.members[worker.name]
         store_name = store.name if store else ""
         return WorkerPlace(worker.name, member.address, store_name, member.kv_tokens)
+
+    def _lost_workers(self) -> frozenset[str]:
+        """Where those listened who are gone, and not because they drain."""
+        gone = (MemberState.DEAD, MemberState.STARTING)
+        workers = (self.members[spec.name] for spec in self.topology.of_role(Role.ATTENTION))
+        return frozenset(each.address for each in workers if each.address and each.state in gone)
 
     def _store_addresses(self) -> tuple[tuple[str, str], ...]:
         """Of those that listen, or did: that one with records is away must not be forgotten."""

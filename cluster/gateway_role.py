@@ -50,6 +50,7 @@ def load_gateway(settings: Settings, supervisor: SupervisorLink, place: Place) -
             await server.update(
                 [WorkerAddress(w.name, w.address, w.store) for w in peers.worker_addresses],
                 [StoreAddress(name, address) for name, address in peers.store_addresses],
+                lost_workers=peers.lost_workers,
                 # Whichever worker takes a request has room for it.
                 max_context_length=min((w.kv_tokens for w in peers.worker_addresses), default=None),
             )

@@ -10,7 +10,7 @@ import logging
 from cluster.backoff import Backoff, RestartPolicy
 from cluster.members import DeploymentError, Machines
 from cluster.roster import Roster
-from cluster.topology import ActorSpec, NoFreeSlot, Role, elsewhere
+from cluster.topology import SLOTS, ActorSpec, NoFreeSlot, Role, elsewhere, with_companions
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,9 @@ class Keeper:
             lived_seconds = 0.0
             try:
                 async with asyncio.timeout(self._start_timeout_seconds):
-                    self._roster.recreate(await self._where_it_can_be(spec))
+                    place = await self._where_it_can_be(spec)
+                    self._roster.recreate(place)
+                    await self._bring_companions(place)
                     await self._roster.load(spec.name)
                     await self._roster.serve(spec.name)
             except (DeploymentError, NoFreeSlot, TimeoutError) as error:
@@ -90,12 +92,32 @@ class Keeper:
             return
 
     async def _where_it_can_be(self, spec: ActorSpec) -> ActorSpec:
-        """A replica need not wait for its node to come back. The others belong to theirs."""
+        """Who computes need not wait for its node to come back. The others belong to theirs.
+        Raises `NoFreeSlot`."""
         rooms = await self._machines.rooms()
         now = self._roster.topology.named(spec.name) or spec
-        if spec.role is Role.EXPERT and not rooms[now.node].is_alive:
+        if rooms[now.node].is_alive:
+            return now
+        if spec.role in SLOTS:
             return elsewhere(self._roster.topology, now, rooms)
-        return now
+        raise DeploymentError(f"its node is away, and it belongs to node {now.node}")
+
+    async def _bring_companions(self, spec: ActorSpec) -> None:
+        """What a worker needs on the node that it was moved to, and nobody there needed before."""
+        if spec.role is not Role.ATTENTION:
+            return
+        now = self._roster.topology
+        new = [each for each in with_companions(now).actors if now.named(each.name) is None]
+        if not new:
+            return
+        self._roster.add(new)
+        try:
+            await self._roster.bring_up(new, self._start_timeout_seconds)
+        except DeploymentError:
+            self._roster.remove([each.name for each in new])
+            raise
+        for each in new:
+            self.keep(each)
 
 
 def log_failure(task: asyncio.Task[None]) -> None:

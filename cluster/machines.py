@@ -3,6 +3,7 @@ asked for an actor. Decides nothing: which node an actor belongs to is topology.
 """
 
 import asyncio
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,16 @@ from cluster.members import ChangeFailed
 from cluster.ray_session import Hosts, Node, living_nodes
 from cluster.topology import SLOTS, ActorSpec, Role, Room
 
+# After a node fell silent. With Ray's defaults it is a minute before Ray agrees; a node that Ray
+# still knows after that was cut off only for a moment.
+DISTRUSTED_SECONDS = 90.0
+
 
 class RayMachines:
     def __init__(self, hosts: Hosts, slot_timeout_seconds: float) -> None:
         self._hosts = hosts
         self._slot_timeout_seconds = slot_timeout_seconds
+        self._distrusted_until: dict[str, float] = {}  # by id, on the monotonic clock
 
     def node(self, number: int) -> Node:
         return self._hosts.nodes[number]
@@ -31,9 +37,16 @@ class RayMachines:
         new = (node for node_id, node in living.items() if node_id not in known)
         self._hosts = replace(self._hosts, nodes=(*self._hosts.nodes, *new))
         return tuple(
-            replace(room, is_alive=node.node_id in living)
+            replace(room, is_alive=node.node_id in living and self._is_trusted(node.node_id))
             for room, node in zip(self._hosts.rooms, self._hosts.nodes, strict=True)
         )
+
+    def lose(self, node: int) -> None:
+        until = time.monotonic() + DISTRUSTED_SECONDS
+        self._distrusted_until[self.node(node).node_id] = until
+
+    def _is_trusted(self, node_id: str) -> bool:
+        return self._distrusted_until.get(node_id, 0.0) <= time.monotonic()
 
     async def wait_for_slots(self, role: Role, num_slots: int) -> None:
         """Until so many are free. That somebody waits for them is what an autoscaler acts on.

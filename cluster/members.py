@@ -79,6 +79,7 @@ class Peers:
     router_address: str = ""  # of an attention worker
     store_address: str = ""  # of an attention worker; empty: its node has no KV store
     worker_addresses: tuple[WorkerPlace, ...] = ()  # of a gateway
+    lost_workers: frozenset[str] = frozenset()  # addresses; of a gateway: what they have is lost
     store_addresses: tuple[tuple[str, str], ...] = ()  # (name, address); of a gateway or a KV store
     redis: Redis | None = None  # of a KV store; none: as its settings say
     # Where its last process listened, of a role that is to be found there again; empty: anywhere.
@@ -136,7 +137,8 @@ class Actor(Protocol):
         ...
 
     def kill(self) -> None:
-        """End the process now; harmless when it is gone already."""
+        """End the process now; harmless when it is gone already. It counts as ended from now on,
+        also if its node cannot be reached."""
         ...
 
 
@@ -145,6 +147,10 @@ class Machines(Protocol):
 
     async def rooms(self) -> tuple[Room, ...]:
         """As they are now. A node keeps its number; new ones come last."""
+        ...
+
+    def lose(self, node: int) -> None:
+        """Nobody answers there: it has room for nobody for a while, whatever Ray says."""
         ...
 
     async def wait_for_slots(self, role: Role, num_slots: int) -> None:

@@ -85,6 +85,13 @@ class Roster:
         self._actors[name].kill()
         self._put(replace(self._members[name], state=MemberState.DEAD, stats=RoleStats()))
 
+    def kill_node(self, node: int) -> tuple[str, ...]:
+        """The node is lost, and with it whoever is there, also where Ray does not know it yet."""
+        names = tuple(name for name, member in self._members.items() if member.spec.node == node)
+        for name in names:
+            self._actors[name].kill()
+        return names
+
     def remove(self, names: Collection[str]) -> None:
         self.topology = self.topology.without(names)
         for name in names:
@@ -165,6 +172,10 @@ class Roster:
             return
         if member := self._members.get(name):
             self._members[name] = replace(member, stats=stats)
+
+    async def ping(self, name: str) -> None:
+        """Returns once its process has answered; raises `DeploymentError`."""
+        await self._actors[name].placed()
 
     async def ended(self, name: str) -> str:
         return await self._actors[name].ended()

@@ -14,6 +14,7 @@ from cluster.autoscale_loop import AutoscaleLoop
 from cluster.backoff import RestartPolicy
 from cluster.changes import Changes
 from cluster.config import AutoscaleSettings
+from cluster.heartbeat import Heartbeat
 from cluster.keeper import Keeper, log_failure
 from cluster.members import Actor, Change, Machines, MemberState, Process, Snapshot
 from cluster.roster import START_ORDER, Roster, together
@@ -27,6 +28,7 @@ class Patience:
     start_seconds: float = 180.0  # until an actor serves
     drain_seconds: float = 30.0  # that requests have left on an actor that goes
     restart_seconds: float = 120.0  # without a role that serving needs
+    node_seconds: float = 5.0  # without an answer from any actor of a node
     restarts: RestartPolicy = field(default_factory=RestartPolicy)
 
 
@@ -50,6 +52,8 @@ class Supervisor:
         self._keeper = Keeper(
             self._roster, machines, patience.restarts, start_timeout_seconds=patience.start_seconds
         )
+        self._heartbeat = Heartbeat(self._roster, machines, patience.node_seconds)
+        self._beating: asyncio.Task[None] | None = None
         self.changes = Changes(
             self._roster,
             self._keeper,
@@ -76,6 +80,8 @@ class Supervisor:
             raise
         for spec in roster.topology.actors:
             self._keeper.keep(spec)
+        self._beating = asyncio.create_task(self._heartbeat.run(), name="heartbeat")
+        self._beating.add_done_callback(log_failure)
         if self.autoscaling is not None:
             self._scaling = asyncio.create_task(self.autoscaling.run(), name="autoscale")
             self._scaling.add_done_callback(log_failure)
@@ -118,9 +124,10 @@ class Supervisor:
         """Drain callers before those whom they call, then end every process. The grace time is
         that of all roles together. Whoever serves yet has a say, also while others still start:
         a KV store that is just killed leaves its shared memory behind."""
-        if self._scaling is not None:
-            self._scaling.cancel()
-            await asyncio.wait([self._scaling])
+        for loop in (self._scaling, self._beating):
+            if loop is not None:
+                loop.cancel()
+                await asyncio.wait([loop])
         await self._keeper.let_all_go()
         await self.changes.stop()
         await self._keeper.let_all_go()  # whom a change that was under way had just added

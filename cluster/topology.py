@@ -176,6 +176,12 @@ def with_workers(topology: Topology, num_workers: int, rooms: Sequence[Room]) ->
     num_wanted = num_workers - len(topology.of_role(Role.ATTENTION))
     for _ in range(num_wanted):
         topology = topology.with_actors((_another_worker(topology, rooms, num_wanted),))
+    return with_companions(topology)
+
+
+def with_companions(topology: Topology) -> Topology:
+    """A router, a KV store and, where each node has its own, a gateway on every node that has a
+    worker."""
     nodes = sorted({worker.node for worker in topology.of_role(Role.ATTENTION)})
     topology = _on_each(topology, Role.ROUTER, nodes)
     if topology.with_kv_stores:
@@ -202,10 +208,12 @@ def with_replicas(
     return topology
 
 
-def elsewhere(topology: Topology, replica: ActorSpec, rooms: Sequence[Room]) -> ActorSpec:
-    """The same replica where there is room for it now. Raises `NoFreeSlot`."""
-    others = topology.without((replica.name,))
-    return replace(replica, node=_node_of_replica(others, replica.group, rooms, num_wanted=1))
+def elsewhere(topology: Topology, actor: ActorSpec, rooms: Sequence[Room]) -> ActorSpec:
+    """The same replica or attention worker where there is room for it now. Raises `NoFreeSlot`."""
+    others = topology.without((actor.name,))
+    if actor.role is Role.ATTENTION:
+        return replace(actor, node=_node_of_worker(others, rooms, num_wanted=1))
+    return replace(actor, node=_node_of_replica(others, actor.group, rooms, num_wanted=1))
 
 
 def surplus(
@@ -232,13 +240,15 @@ def _free_name(topology: Topology, role: Role, first: int = 0) -> str:
 
 
 def _another_worker(topology: Topology, rooms: Sequence[Room], num_wanted: int) -> ActorSpec:
-    workers = topology.of_role(Role.ATTENTION)
-
-    def crowd(node: int) -> tuple[int, ...]:
-        return (sum(worker.node == node for worker in workers),)
-
-    node = _least_crowded(crowd, Role.ATTENTION, topology.actors, rooms, num_wanted)
+    node = _node_of_worker(topology, rooms, num_wanted)
     return ActorSpec(_free_name(topology, Role.ATTENTION), Role.ATTENTION, node)
+
+
+def _node_of_worker(topology: Topology, rooms: Sequence[Room], num_wanted: int) -> int:
+    def crowd(node: int) -> tuple[int, ...]:
+        return (sum(worker.node == node for worker in topology.of_role(Role.ATTENTION)),)
+
+    return _least_crowded(crowd, Role.ATTENTION, topology.actors, rooms, num_wanted)
 
 
 def _another_replica(

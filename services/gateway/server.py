@@ -1,6 +1,6 @@
 """The gRPC edge of a gateway's requests, and its life from listening to closed."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -151,13 +151,15 @@ class GatewayServer:
         workers: Sequence[WorkerAddress],
         stores: Sequence[StoreAddress],
         *,
+        lost_workers: Collection[str] = (),
         max_context_length: int | None,
     ) -> None:
-        """Use exactly these from now on. `max_context_length` is what each of the workers can hold;
-        None leaves it as it is."""
+        """Use exactly these from now on. Requests at one of the `lost_workers` (addresses) go on
+        elsewhere, whether or not it can be seen that it is gone. `max_context_length` is what each
+        of the workers can hold; None leaves it as it is."""
         if max_context_length is not None:
             self.gateway.admission.limit_context(max_context_length)
-        await self.gateway.workers.update(workers)
+        await self.gateway.workers.update(workers, lost_workers)
         await self.gateway.sessions.stores.update(stores)
 
     def stats(self) -> control_pb2.GatewayStats:

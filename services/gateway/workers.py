@@ -35,12 +35,16 @@ class WorkerPool:
     def table(self) -> tuple[WorkerAddress, ...]:
         return tuple(self._workers)
 
-    async def update(self, table: Iterable[WorkerAddress]) -> None:
-        """Use exactly these workers from now on; requests on the others finish there."""
+    async def update(self, table: Iterable[WorkerAddress], lost: Collection[str] = ()) -> None:
+        """Use exactly these workers from now on; requests on the others finish there, unless the
+        worker at this address is lost: then they end as unavailable."""
         rows = tuple(table)
         gone = [each for row, each in self._workers.items() if row not in rows]
         self._workers = {row: self._workers.get(row) or self._watched(row) for row in rows}
         self._changed()
+        for each in gone:
+            if each.worker.row.address in lost:
+                each.worker.give_up("its process or its node is lost")
         await asyncio.gather(*(each.retire() for each in gone))
 
     def choose(

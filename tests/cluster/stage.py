@@ -58,6 +58,8 @@ class Stage:
     now: float = 1000.0  # on the autoscaling loop's clock
     gentle: dict[str, bool] = field(default_factory=dict)  # how each was told to load
     busy: set[str] = field(default_factory=set)
+    silent: set[str] = field(default_factory=set)  # actors
+    silent_nodes: set[int] = field(default_factory=set)
     rooms_now: tuple[Room, ...] = (Room(), Room())
     rooms_later: tuple[Room, ...] | None = None  # once somebody has waited for slots
     _actors: dict[str, list["StagedActor"]] = field(default_factory=dict)
@@ -133,6 +135,12 @@ class Stage:
     async def rooms(self) -> tuple[Room, ...]:
         return self.rooms_now
 
+    def lose(self, node: int) -> None:
+        self.note(f"lose node {node}")
+        rooms = list(self.rooms_now)
+        rooms[node] = Room(is_alive=False)
+        self.rooms_now = tuple(rooms)
+
     async def wait_for_slots(self, role: Role, num_slots: int) -> None:
         self.note(f"wait for {num_slots} {role}")
         if self.rooms_later is None:
@@ -157,6 +165,8 @@ class StagedActor:
 
     async def placed(self) -> Process:
         self._live()
+        if self.spec.node in self.stage.silent_nodes or self.name in self.stage.silent:
+            await asyncio.Event().wait()
         return Process(100 + self.number, f"node-{self.spec.node}")
 
     async def load(self, *, gently: bool) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from cluster.backoff import RestartPolicy
 from cluster.members import MemberState
-from cluster.topology import Room
+from cluster.topology import Role, Room
 from tests.cluster.stage import PATIENCE, REDIS, Stage, state_of
 
 
@@ -148,6 +148,31 @@ async def test_a_replica_whose_node_is_gone_comes_back_on_another() -> None:
         member = await state_of(supervisor, "expert-0-1")
         assert member.spec.node == 1 - node
         assert member.process.node_id == f"node-{1 - node}"
+
+
+async def test_a_worker_whose_node_is_gone_moves_to_one_that_has_no_router_yet() -> None:
+    stage = Stage()
+    async with stage.started() as supervisor:
+        stage.rooms_now = (Room(slots={Role.ATTENTION: 1}), Room(is_alive=False), Room())
+        stage.kill("attention-1")
+        await stage.until("update gateway-0", "serve attention-1")
+        await stage.until_true(lambda: len(stage.workers()) == 2)
+        assert {"serve router-2", "serve kvstore-2"} <= set(stage.log)
+        assert (await state_of(supervisor, "attention-1")).spec.node == 2
+        assert stage.peers["attention-1"].router_address == "at-router-2"
+        stage.kill("router-2")  # kept from now on, as all others are
+        await stage.until_true(lambda: stage.num_processes("router-2") == 2)
+
+
+async def test_a_router_waits_for_its_node() -> None:
+    stage = Stage()
+    async with stage.started():
+        stage.rooms_now = (Room(), Room(is_alive=False))
+        stage.kill("router-1")
+        await asyncio.sleep(0.05)
+        assert stage.num_processes("router-1") == 1
+        stage.rooms_now = (Room(), Room())
+        await stage.until("serve router-1")
 
 
 async def test_a_router_that_cannot_be_told_holds_up_nobody() -> None:

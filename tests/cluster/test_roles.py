@@ -96,6 +96,9 @@ class OneMachine:
     async def rooms(self) -> tuple[Room, ...]:
         return (Room(),)
 
+    def lose(self, node: int) -> None:
+        raise AssertionError(f"node {node} is this one")
+
     async def wait_for_slots(self, role: Role, num_slots: int) -> None:
         raise AssertionError("there is room for everybody")
 
