@@ -10,11 +10,12 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import ray
 from ray.exceptions import (
@@ -56,6 +57,24 @@ GENTLE_NICENESS = 10
 CUT_OFF_RETRY_SECONDS = 0.5
 
 
+# What else Ray is asked for an actor of this name, so that it ends when it should.
+Lifetime: TypeAlias = Callable[[str], dict[str, Any]]
+
+
+def ends_with_us(_name: str) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a role's process says of itself, to a supervisor that did not start it."""
+
+    spec: ActorSpec
+    process: Process
+    listening: Listening | None  # None: it does not serve
+    epoch: int  # of the routing table that it was told of
+
+
 class SupervisorHandle:
     """The supervisor's process, as the command line and the gateways see it."""
 
@@ -70,38 +89,47 @@ class SupervisorHandle:
         return cls(on_first.remote(topology, settings, hosts))
 
     async def start(self) -> str:
-        return await _answer("supervisor", self._handle.start.remote())
+        return await answer("supervisor", self._handle.start.remote())
 
     async def snapshot(self) -> Snapshot:
-        return await _answer("supervisor", self._handle.snapshot.remote())
+        return await answer("supervisor", self._handle.snapshot.remote())
 
     async def watch(self) -> str:
-        return await _answer("supervisor", self._handle.watch.remote())
+        return await answer("supervisor", self._handle.watch.remote())
 
     async def scale_experts(self, num_replicas: int, group: int | None) -> Change:
-        return await _answer("supervisor", self._handle.scale_experts.remote(num_replicas, group))
+        return await answer("supervisor", self._handle.scale_experts.remote(num_replicas, group))
 
     async def scale_attention(self, num_workers: int) -> Change:
-        return await _answer("supervisor", self._handle.scale_attention.remote(num_workers))
+        return await answer("supervisor", self._handle.scale_attention.remote(num_workers))
 
     async def drain(self, name: str) -> Change:
-        return await _answer("supervisor", self._handle.drain.remote(name))
+        return await answer("supervisor", self._handle.drain.remote(name))
+
+    async def drain_node(self, node: str) -> Change:
+        return await answer("supervisor", self._handle.drain_node.remote(node))
 
     async def stop(self) -> None:
-        await _answer("supervisor", self._handle.stop.remote())
+        await answer("supervisor", self._handle.stop.remote())
 
 
 class SupervisorProcess:
     """Runs in a process of its own and creates all the others, so they end with it."""
 
-    def __init__(self, topology: Topology, settings: Settings, hosts: Hosts) -> None:
-        _log_to_stderr()
+    def __init__(
+        self,
+        topology: Topology,
+        settings: Settings,
+        hosts: Hosts,
+        lifetime: Lifetime = ends_with_us,
+    ) -> None:
+        log_to_stderr()
         own_handle = SupervisorHandle(ray.get_runtime_context().current_actor)
         cluster = settings.cluster
         machines = RayMachines(hosts, cluster.slot_timeout_seconds)
         self._supervisor = Supervisor(
             topology,
-            lambda spec: RemoteActor(spec, settings, machines, own_handle),
+            partial(RemoteActor.create, settings, machines, own_handle, lifetime),
             _own_process(),
             machines,
             Patience(
@@ -112,6 +140,7 @@ class SupervisorProcess:
             ),
             settings.autoscale if settings.autoscale.enabled else None,
         )
+        self._machines = machines
 
     async def start(self) -> str:
         return await self._supervisor.start()
@@ -131,6 +160,9 @@ class SupervisorProcess:
     async def drain(self, name: str) -> Change:
         return await self._supervisor.changes.drain(name)
 
+    async def drain_node(self, node: str) -> Change:
+        return await self._supervisor.changes.drain_node(node)
+
     async def stop(self) -> None:
         await self._supervisor.stop()
 
@@ -138,41 +170,49 @@ class SupervisorProcess:
 class RemoteActor:
     """A role's process as the supervisor sees it: the `Actor` protocol over a Ray handle."""
 
-    def __init__(
-        self,
-        spec: ActorSpec,
+    def __init__(self, name: str, handle: Any) -> None:
+        self._name = name
+        self._handle = handle
+        self._was_killed = asyncio.Event()
+
+    @classmethod
+    def create(
+        cls,
         settings: Settings,
         machines: RayMachines,
         supervisor: SupervisorHandle,
-    ) -> None:
-        self._name = spec.name
-        self._was_killed = asyncio.Event()
+        lifetime: Lifetime,
+        spec: ActorSpec,
+    ) -> "RemoteActor":
         remote: Any = ray.remote(max_restarts=0)(RoleProcess)
         place = machines.node(spec.node).place
-        self._handle: Any = remote.options(**machines.options(spec)).remote(
-            spec, settings, place, supervisor
-        )
+        options = {**machines.options(spec), **lifetime(spec.name)}
+        handle = remote.options(**options).remote(spec, settings, place, supervisor)
+        return cls(spec.name, handle)
+
+    async def known(self) -> Known:
+        return await answer(self._name, self._handle.known.remote())
 
     async def placed(self) -> Process:
-        return await _answer(self._name, self._handle.process.remote())
+        return await answer(self._name, self._handle.process.remote())
 
     async def load(self, *, gently: bool) -> None:
-        await _answer(self._name, self._handle.load.remote(gently))
+        await answer(self._name, self._handle.load.remote(gently))
 
     async def serve(self, peers: Peers) -> Listening:
-        return await _answer(self._name, self._handle.serve.remote(peers))
+        return await answer(self._name, self._handle.serve.remote(peers))
 
     async def update(self, peers: Peers) -> None:
-        await _answer(self._name, self._handle.update.remote(peers))
+        await answer(self._name, self._handle.update.remote(peers))
 
     async def stats(self) -> RoleStats:
-        return await _answer(self._name, self._handle.stats.remote())
+        return await answer(self._name, self._handle.stats.remote())
 
     async def hold(self, experts: Sequence[int]) -> None:
-        await _answer(self._name, self._handle.hold.remote(tuple(experts)))
+        await answer(self._name, self._handle.hold.remote(tuple(experts)))
 
     async def retired(self, epoch: int) -> None:
-        await _answer(self._name, self._handle.retired.remote(epoch))
+        await answer(self._name, self._handle.retired.remote(epoch))
 
     async def ended(self) -> str:
         """Also of one whose node is cut off: Ray would wait for what its process says."""
@@ -200,7 +240,7 @@ class RemoteActor:
                 return str(error)
 
     async def stop(self, grace_seconds: float) -> None:
-        await _answer(self._name, self._handle.stop.remote(grace_seconds))
+        await answer(self._name, self._handle.stop.remote(grace_seconds))
 
     def kill(self) -> None:
         self._was_killed.set()
@@ -213,16 +253,21 @@ class RoleProcess:
     def __init__(
         self, spec: ActorSpec, settings: Settings, place: Place, supervisor: SupervisorHandle
     ) -> None:
-        _log_to_stderr()
+        log_to_stderr()
         self._spec = spec
         self._settings = settings
         self._place = place
         self._supervisor = supervisor
         self._serve: Serve | None = None
         self._serving: Serving | None = None
+        self._epoch = 0
 
     async def process(self) -> Process:
         return _own_process()
+
+    async def known(self) -> Known:
+        listening = self._serving.listening if self._serving else None
+        return Known(self._spec, _own_process(), listening, self._epoch)
 
     async def load(self, gently: bool) -> None:
         load = partial(
@@ -240,12 +285,14 @@ class RoleProcess:
         assert self._serve is not None, "load comes first"
         with _one_line_failures(self._spec.name):
             self._serving = await self._serve(peers)
+            self._epoch = peers.epoch
         return self._serving.listening
 
     async def update(self, peers: Peers) -> None:
         assert self._serving is not None, "serve comes first"
         with _one_line_failures(self._spec.name):
             await self._serving.update(peers)
+            self._epoch = max(self._epoch, peers.epoch)
 
     async def stats(self) -> RoleStats:
         return self._serving.report() if self._serving else RoleStats()
@@ -254,6 +301,7 @@ class RoleProcess:
         assert self._serving is not None, "serve comes first"
         with _one_line_failures(self._spec.name):
             await self._serving.hold(experts)
+            self._spec = replace(self._spec, experts=tuple(experts))
 
     async def retired(self, epoch: int) -> None:
         assert self._serving is not None, "serve comes first"
@@ -280,7 +328,7 @@ def _own_process() -> Process:
     return Process(os.getpid(), ray.get_runtime_context().get_node_id())
 
 
-async def _answer(name: str, reply: Awaitable[Answer]) -> Answer:
+async def answer(name: str, reply: Awaitable[Answer]) -> Answer:
     """The reply of a call to an actor, or one of our errors in one line instead of Ray's page."""
     try:
         return await reply
@@ -316,7 +364,7 @@ def _why(error: RayActorError) -> str:
     )
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.INFO,

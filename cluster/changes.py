@@ -6,7 +6,8 @@ by them before it drains; a change that fails leaves the deployment as it was.
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import TypeAlias
 
 from cluster.keeper import Keeper
@@ -22,12 +23,14 @@ from cluster.members import (
 )
 from cluster.roster import Roster, together
 from cluster.topology import (
+    SLOTS,
     ActorSpec,
     NoFreeSlot,
     Role,
     Room,
     Topology,
     surplus,
+    with_replacements,
     with_replicas,
     with_workers,
 )
@@ -35,6 +38,16 @@ from cluster.topology import (
 log = logging.getLogger(__name__)
 
 MAX_OF_A_KIND = 1024
+# Between two looks whether there is room again.
+RESTORE_SECONDS = 1.0
+RESTORE_AGAIN_SECONDS = 10.0
+
+# From a node that is drained: whoever is called goes after his callers.
+LEAVING_ORDER = (
+    (Role.GATEWAY, Role.ATTENTION, Role.EXPERT),
+    (Role.ROUTER,),
+    (Role.KVSTORE,),
+)
 
 Growth: TypeAlias = Callable[[Topology, Sequence[Room]], Topology]
 
@@ -57,6 +70,7 @@ class Changes:
         self._one_at_a_time = asyncio.Lock()
         self._tasks: set[asyncio.Task[Change]] = set()
         self._is_stopping = False
+        self._displaced: list[ActorSpec] = []  # who left with a node and found no place
 
     async def scale_experts(self, num_replicas: int, group: int | None) -> Change:
         """So many replicas of that group, or of each. Raises `ChangeInvalid` and `ChangeFailed`."""
@@ -69,6 +83,29 @@ class Changes:
     async def drain(self, name: str) -> Change:
         """Take this one out for good. Raises `UnknownActor` and `ChangeRefused`."""
         return await self._in_turn(self._drain(name))
+
+    async def resize(self, num_workers: int, num_replicas: int) -> Change:
+        """So many attention workers and replicas of each group. Where nobody is there yet: every
+        role at once. Raises `ChangeInvalid` and `ChangeFailed`."""
+        return await self._in_turn(self._resize(num_workers, num_replicas))
+
+    async def drain_node(self, node: str) -> Change:
+        """Take out whatever runs on the node of this address or id, after a replacement where there
+        is room; whoever found none is started as soon as there is some. It takes nobody any more.
+        Raises `ChangeRefused`, and `ChangeFailed` when there is no room for what cannot be missed.
+        """
+        return await self._in_turn(self._drain_node(node))
+
+    async def restore(self) -> None:
+        """Start again whoever left with a node and found no place, for as long as it takes."""
+        while True:
+            await asyncio.sleep(RESTORE_SECONDS)
+            if not self._displaced:
+                continue
+            try:
+                await self._in_turn(self._restore())
+            except DeploymentError:
+                await asyncio.sleep(RESTORE_AGAIN_SECONDS)
 
     async def stop(self) -> None:
         """Nothing changes any more; whoever waits for a change is told so."""
@@ -101,6 +138,91 @@ class Changes:
         if not task.cancelled() and (error := task.exception()):
             log.warning("change_failed why=%s", error)  # whoever asked may be gone
 
+    async def _resize(self, num_workers: int, num_replicas: int) -> Change:
+        if self._roster.topology.actors:
+            workers = await self._scale_attention(num_workers)
+            replicas = await self._scale_experts(num_replicas, None)
+            added = (*workers.added, *replicas.added)
+            return self._told(added, (*workers.removed, *replicas.removed))
+        _check_count("attention workers", num_workers)
+        _check_count("replicas", num_replicas)
+
+        def whole(topology: Topology, rooms: Sequence[Room]) -> Topology:
+            topology = with_workers(topology, num_workers, rooms)
+            return with_replicas(topology, num_replicas, range(topology.num_groups), rooms)
+
+        return self._told(await self._grow(whole, gently=False), ())
+
+    async def _drain_node(self, node: str) -> Change:
+        numbers = await self._machines.close(node)
+        leaving = self._on(numbers)
+        if not leaving:
+            return self._told((), ())
+        self._check_gateways_beside(leaving, or_new=self._roster.topology.with_gateways)
+        needed = self._indispensable(leaving)
+        try:
+            added = await self._grow(
+                lambda topology, rooms: with_replacements(topology, leaving, rooms, needed)
+            )
+        except ChangeFailed as error:
+            if needed:
+                raise
+            log.warning("not_replaced node=%s why=%s", node, error)
+            added = ()
+        await self._publish(added)
+        self._check_gateways_beside(leaving)
+        new = [self._roster.topology.named(name) for name in added]
+        self._displaced += _unmatched(leaving, [spec for spec in new if spec])
+        by_now = self._on(numbers)
+        removed: tuple[str, ...] = ()
+        for roles in LEAVING_ORDER:
+            removed += await self._shrink([spec for spec in by_now if spec.role in roles])
+        await self._roster.tell(Role.GATEWAY, Role.KVSTORE)
+        return self._told(added, removed)
+
+    def _on(self, nodes: Collection[int]) -> list[ActorSpec]:
+        return [spec for spec in self._roster.topology.actors if spec.node in nodes]
+
+    def _check_gateways_beside(self, leaving: Sequence[ActorSpec], *, or_new: bool = False) -> None:
+        going = {spec.name for spec in leaving if spec.role is Role.GATEWAY}
+        gateways = {spec.name for spec in self._roster.topology.of_role(Role.GATEWAY)}
+        if going and not or_new and not (gateways - going) & self._roster.ready:
+            raise ChangeRefused(f"{', '.join(sorted(going))} is the only gateway that is ready")
+
+    def _indispensable(self, leaving: Sequence[ActorSpec]) -> frozenset[str]:
+        """One of each kind of which nobody else is ready."""
+        names = {spec.name for spec in leaving}
+        topology = self._roster.topology
+        kinds = [topology.of_role(Role.ATTENTION)]
+        kinds += [topology.replicas_of(group) for group in range(topology.num_groups)]
+        return frozenset(
+            going[0]
+            for kind in kinds
+            if (going := [spec.name for spec in kind if spec.name in names])
+            and self._roster.ready.isdisjoint({spec.name for spec in kind} - names)
+        )
+
+    async def _restore(self) -> Change:
+        waiting, rooms = self._displaced, await self._machines.rooms()
+        for spec in waiting:
+            wanted = with_replacements(self._roster.topology, [spec], rooms)
+            if wanted == self._roster.topology:
+                continue
+            added = await self._grow(_exactly(wanted))
+            self._displaced = [each for each in self._displaced if each is not spec]
+            await self._publish(added)
+            log.info("restored instead_of=%s names=%s", spec.name, ",".join(added))
+            return self._told(added, ())
+        return self._told((), ())
+
+    async def _publish(self, added: Sequence[str]) -> None:
+        """Whoever was added is used from now on."""
+        roles = {spec.role for name in added if (spec := self._roster.topology.named(name))}
+        if Role.EXPERT in roles:
+            await self._roster.tell_epoch()
+        if Role.ATTENTION in roles:
+            await self._roster.tell(Role.GATEWAY)
+
     async def _scale_experts(self, num_replicas: int, group: int | None) -> Change:
         _check_count("replicas", num_replicas)
         num_groups = self._roster.topology.num_groups
@@ -109,6 +231,11 @@ class Changes:
                 f"expert group {group}: the deployment has the groups 0 to {num_groups - 1}"
             )
         groups = range(num_groups) if group is None else (group,)
+        self._displaced = [
+            each
+            for each in self._displaced
+            if each.role is Role.ATTENTION or each.group not in groups
+        ]
         added = await self._grow(
             lambda topology, rooms: with_replicas(topology, num_replicas, groups, rooms)
         )
@@ -125,6 +252,7 @@ class Changes:
 
     async def _scale_attention(self, num_workers: int) -> Change:
         _check_count("attention workers", num_workers)
+        self._displaced = [each for each in self._displaced if each.role is not Role.ATTENTION]
         added = await self._grow(lambda topology, rooms: with_workers(topology, num_workers, rooms))
         if added:
             await self._roster.tell(Role.GATEWAY)
@@ -155,7 +283,7 @@ class Changes:
             raise ChangeRefused(f"{name} is the only one of {what} that is ready")
         return self._told((), await self._shrink([spec]))
 
-    async def _grow(self, growth: Growth) -> tuple[str, ...]:
+    async def _grow(self, growth: Growth, *, gently: bool = True) -> tuple[str, ...]:
         """Bring up what `growth` adds, and keep it; callers do not know of it yet."""
         roster = self._roster
         wanted = await self._planned(growth)
@@ -166,7 +294,7 @@ class Changes:
         log.info("scaling_up names=%s", ",".join(names))
         roster.add(new)
         try:
-            await roster.bring_up(new, self._start_timeout_seconds, gently=True)
+            await roster.bring_up(new, self._start_timeout_seconds, gently=gently)
         except DeploymentError as error:
             serving = [name for name in names if roster.state(name) is MemberState.READY]
             await together(roster.stop(name, 0.0) for name in serving)
@@ -178,10 +306,11 @@ class Changes:
         return names
 
     async def _planned(self, growth: Growth) -> Topology:
-        try:
-            return growth(self._roster.topology, await self._machines.rooms())
-        except NoFreeSlot as lacking:
-            await self._machines.wait_for_slots(lacking.role, lacking.num_wanted)
+        for _ in SLOTS:  # each kind may be waited for once
+            try:
+                return growth(self._roster.topology, await self._machines.rooms())
+            except NoFreeSlot as lacking:
+                await self._machines.wait_for_slots(lacking.role, lacking.num_wanted)
         try:
             return growth(self._roster.topology, await self._machines.rooms())
         except NoFreeSlot as error:
@@ -197,9 +326,10 @@ class Changes:
         await together(self._keeper.let_go(name) for name in names)
         serving = [name for name in names if roster.state(name) is MemberState.READY]
         roster.drain(serving)
-        if specs[0].role is Role.EXPERT:
+        roles = {spec.role for spec in specs}
+        if Role.EXPERT in roles:
             await roster.tell_epoch()
-        else:
+        if Role.ATTENTION in roles:
             await roster.tell(Role.GATEWAY)
         await together(roster.stop(name, self._drain_seconds) for name in serving)
         roster.remove(names)
@@ -207,6 +337,24 @@ class Changes:
 
     def _told(self, added: tuple[str, ...], removed: tuple[str, ...]) -> Change:
         return Change(self._roster.epoch, added, removed)
+
+
+def _exactly(wanted: Topology) -> Growth:
+    return lambda _topology, _rooms: wanted
+
+
+def _unmatched(leaving: Sequence[ActorSpec], added: Sequence[ActorSpec]) -> list[ActorSpec]:
+    """Who of those that compute and leave got nobody in their place."""
+    came = Counter((spec.role, spec.group) for spec in added)
+    left = []
+    for spec in leaving:
+        if spec.role not in SLOTS:
+            continue
+        if came[spec.role, spec.group]:
+            came[spec.role, spec.group] -= 1
+        else:
+            left.append(spec)
+    return left
 
 
 def _check_count(what: str, count: int) -> None:

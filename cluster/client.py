@@ -35,6 +35,10 @@ class RequestFailed(Exception):
     """The deployment accepted the request and could not complete it."""
 
 
+class Interrupted(RequestFailed):
+    """The deployment ended the call; what it was to do may be done or not."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """One generate request as the user gave it. None: whatever the deployment does by default."""
@@ -177,4 +181,6 @@ def named_failures(endpoint: str) -> Iterator[None]:
             raise RequestRefused(words) from None
         if error.code() is grpc.StatusCode.UNAVAILABLE:
             raise Unreachable(f"{endpoint}: {words}") from None
+        if error.code() is grpc.StatusCode.CANCELLED:
+            raise Interrupted(f"CANCELLED: {words}") from None
         raise RequestFailed(f"{error.code().name}: {words}") from None

@@ -94,6 +94,9 @@ class SupervisedOperations:
     async def drain(self, name: str) -> Change:
         return await _done(self._supervisor.drain(name))
 
+    async def drain_node(self, node: str) -> Change:
+        return await _done(self._supervisor.drain_node(node))
+
 
 async def _done(asked: Awaitable[members.Change]) -> Change:
     try:

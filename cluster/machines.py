@@ -3,6 +3,7 @@ asked for an actor. Decides nothing: which node an actor belongs to is topology.
 """
 
 import asyncio
+import logging
 import time
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,8 @@ from cluster.members import ChangeFailed
 from cluster.ray_session import Hosts, Node, living_nodes
 from cluster.topology import SLOTS, ActorSpec, Role, Room
 
+log = logging.getLogger(__name__)
+
 # After a node fell silent. With Ray's defaults it is a minute before Ray agrees; a node that Ray
 # still knows after that was cut off only for a moment.
 DISTRUSTED_SECONDS = 90.0
@@ -24,6 +27,12 @@ class RayMachines:
         self._hosts = hosts
         self._slot_timeout_seconds = slot_timeout_seconds
         self._distrusted_until: dict[str, float] = {}  # by id, on the monotonic clock
+        self._closed: set[str] = set()  # ids
+
+    def number_of(self, node_id: str) -> int | None:
+        """None of a node that this does not know."""
+        ids = [node.node_id for node in self._hosts.nodes]
+        return ids.index(node_id) if node_id in ids else None
 
     def node(self, number: int) -> Node:
         return self._hosts.nodes[number]
@@ -31,13 +40,15 @@ class RayMachines:
     async def rooms(self) -> tuple[Room, ...]:
         """As they are now. A node keeps its number; new ones come last."""
         if self._hosts.are_ours_alone:
-            return self._hosts.rooms
+            first = self._hosts.nodes[0]
+            is_alive = first.node_id not in self._closed
+            return tuple(replace(room, is_alive=is_alive) for room in self._hosts.rooms)
         living = {node.node_id: node for node in await asyncio.to_thread(living_nodes)}
         known = {node.node_id for node in self._hosts.nodes}
         new = (node for node_id, node in living.items() if node_id not in known)
         self._hosts = replace(self._hosts, nodes=(*self._hosts.nodes, *new))
         return tuple(
-            replace(room, is_alive=node.node_id in living and self._is_trusted(node.node_id))
+            replace(room, is_alive=node.node_id in living and self._is_open(node.node_id))
             for room, node in zip(self._hosts.rooms, self._hosts.nodes, strict=True)
         )
 
@@ -45,13 +56,26 @@ class RayMachines:
         until = time.monotonic() + DISTRUSTED_SECONDS
         self._distrusted_until[self.node(node).node_id] = until
 
-    def _is_trusted(self, node_id: str) -> bool:
-        return self._distrusted_until.get(node_id, 0.0) <= time.monotonic()
+    def _is_open(self, node_id: str) -> bool:
+        is_trusted = self._distrusted_until.get(node_id, 0.0) <= time.monotonic()
+        return is_trusted and node_id not in self._closed
+
+    async def close(self, node: str) -> frozenset[int]:
+        """A pod that comes back has another node's id, if the same address."""
+        await self.rooms()
+        numbers = frozenset(
+            number
+            for number, each in enumerate(self._hosts.nodes)
+            if node in (each.node_id, each.place.bind_host)
+        )
+        self._closed |= {self.node(number).node_id for number in numbers}
+        return numbers
 
     async def wait_for_slots(self, role: Role, num_slots: int) -> None:
         """Until so many are free. That somebody waits for them is what an autoscaler acts on.
         Raises `ChangeFailed`."""
         cores, slots = self._asked(role)
+        log.info("waiting_for_slots resource=%s num=%d", SLOTS[role], num_slots)
         group = ray.util.placement_group([{"CPU": cores, **slots}] * num_slots)
         try:
             async with asyncio.timeout(self._slot_timeout_seconds):

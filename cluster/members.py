@@ -153,6 +153,10 @@ class Machines(Protocol):
         """Nobody answers there: it has room for nobody for a while, whatever Ray says."""
         ...
 
+    async def close(self, node: str) -> frozenset[int]:
+        """The numbers of the nodes that have this address or id: they take nobody any more."""
+        ...
+
     async def wait_for_slots(self, role: Role, num_slots: int) -> None:
         """Until there are so many free ones, which a cluster that grows may take minutes for.
         Raises `ChangeFailed` when they take too long."""

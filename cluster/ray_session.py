@@ -155,6 +155,13 @@ def _hosts_of(address: str) -> Hosts:
     return Hosts(nodes, are_ours_alone=False, have_slots=True)
 
 
+def hosts_with_slots() -> Hosts:
+    """Of the cluster that this process is in. Those with slots may come later."""
+    own = _own_node_id()
+    nodes = sorted(living_nodes(), key=lambda node: (node.node_id != own, node.node_id))
+    return Hosts(tuple(nodes), are_ours_alone=False, have_slots=True)
+
+
 def living_nodes() -> tuple[Node, ...]:
     import ray
 

@@ -40,6 +40,8 @@ class SupervisorLink(Protocol):
 
     async def drain(self, name: str) -> Change: ...
 
+    async def drain_node(self, node: str) -> Change: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Place:

@@ -8,10 +8,20 @@ the supervisor's.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cluster.directory import Directory
-from cluster.members import Actor, ActorDied, DeploymentError, Member, MemberState, Peers, Redis
+from cluster.members import (
+    Actor,
+    ActorDied,
+    DeploymentError,
+    Listening,
+    Member,
+    MemberState,
+    Peers,
+    Process,
+    Redis,
+)
 from cluster.topology import ActorSpec, Role, Topology
 from protos.control_pb2 import RoleStats
 
@@ -29,6 +39,17 @@ FIRST_EPOCH = 1
 FOUND_WHERE_THEY_WERE = (Role.GATEWAY, Role.ROUTER, Role.KVSTORE)
 # Whoever is called comes up before its callers, and goes down after them.
 START_ORDER = (Role.KVSTORE, Role.EXPERT, Role.ROUTER, Role.ATTENTION, Role.GATEWAY)
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """An actor that serves, and that another process of the supervisor started."""
+
+    spec: ActorSpec
+    actor: Actor
+    process: Process
+    listening: Listening
+    epoch: int  # of the last routing table that it was told of; 0: none
 
 
 class Roster:
@@ -68,6 +89,23 @@ class Roster:
         for spec in specs:
             self._actors[spec.name] = self._create(spec)
             self._put(Member(spec))
+
+    def adopt(self, found: Iterable[Adopted]) -> None:
+        """Actors that serve already; what they were told of others is not known."""
+        for each in found:
+            self.topology = self.topology.with_actors((each.spec,))
+            self._actors[each.spec.name] = each.actor
+            self._redis = self._redis or each.listening.redis
+            self.epoch = max(self.epoch, each.epoch)
+            self._put(
+                Member(
+                    each.spec,
+                    MemberState.READY,
+                    each.listening.address,
+                    each.process,
+                    kv_tokens=each.listening.kv_tokens,
+                )
+            )
 
     def recreate(self, spec: ActorSpec) -> None:
         """Another process for an actor that has lost its own; it may be on another node now."""

@@ -1,15 +1,18 @@
 """`model1 scale` and `model1 drain`: how many actors of a kind a running deployment has."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.access import Access
-from cluster.client import Client, connected, named_failures
+from cluster.client import Client, Interrupted, Unreachable, connected, named_failures
 from cluster.plain import as_json
 from cluster.status import member_table
 from protos import control_pb2, control_pb2_grpc
+
+ASK_AGAIN_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,23 @@ class ScaleCommand:
         async with self._client() as client:
             change = await _control(client).Drain(control_pb2.DrainRequest(actor=name))
             await self._print(client, change, removed=change.removed)
+
+    async def drain_node(self, node: str, patience_seconds: float) -> None:
+        """The gateway that is asked may be on that node and drain itself: whoever answers at the
+        endpoint then is asked again, and says so when nothing is left there."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + patience_seconds
+        while True:
+            try:
+                async with self._client() as client:
+                    request = control_pb2.DrainRequest(node=node)
+                    change = await _control(client).Drain(request)
+                    await self._print(client, change, added=change.added, removed=change.removed)
+                return
+            except (Unreachable, Interrupted):
+                if clock() > deadline:
+                    raise
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     async def _scale(self, request: control_pb2.ScaleRequest) -> None:
         async with self._client() as client:

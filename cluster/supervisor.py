@@ -7,7 +7,7 @@ models; sees no token.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from cluster.autoscale_loop import AutoscaleLoop
@@ -17,7 +17,7 @@ from cluster.config import AutoscaleSettings
 from cluster.heartbeat import Heartbeat
 from cluster.keeper import Keeper, log_failure
 from cluster.members import Actor, Change, Machines, MemberState, Process, Snapshot
-from cluster.roster import START_ORDER, Roster, together
+from cluster.roster import START_ORDER, Adopted, Roster, together
 from cluster.topology import ActorSpec, Role, Topology
 
 
@@ -53,7 +53,6 @@ class Supervisor:
             self._roster, machines, patience.restarts, start_timeout_seconds=patience.start_seconds
         )
         self._heartbeat = Heartbeat(self._roster, machines, patience.node_seconds)
-        self._beating: asyncio.Task[None] | None = None
         self.changes = Changes(
             self._roster,
             self._keeper,
@@ -64,7 +63,7 @@ class Supervisor:
         self.autoscaling: AutoscaleLoop | None = None
         if autoscale is not None:
             self.autoscaling = AutoscaleLoop(self._roster, self.changes, autoscale, clock)
-        self._scaling: asyncio.Task[None] | None = None
+        self._always: list[asyncio.Task[None]] = []
 
     async def start(self) -> str:
         """Load every role at once, then let them listen in order; returns the gateway's address.
@@ -78,14 +77,30 @@ class Supervisor:
         except Exception:
             await self.stop(0.0)
             raise
-        for spec in roster.topology.actors:
-            self._keeper.keep(spec)
-        self._beating = asyncio.create_task(self._heartbeat.run(), name="heartbeat")
-        self._beating.add_done_callback(log_failure)
-        if self.autoscaling is not None:
-            self._scaling = asyncio.create_task(self.autoscaling.run(), name="autoscale")
-            self._scaling.add_done_callback(log_failure)
+        self._go_on()
         return roster.address(roster.topology.of_role(Role.GATEWAY)[0].name)
+
+    async def take_over(self, found: Iterable[Adopted]) -> None:
+        """Instead of `start`: of actors that serve already, or of none, who come with `resize`."""
+        self._roster.adopt(found)
+        self._go_on()
+        await self._roster.tell_epoch()
+        await self._roster.tell(Role.KVSTORE, Role.GATEWAY)
+
+    def _go_on(self) -> None:
+        """Whoever dies is started again from now on, and whoever left with a node comes back."""
+        for spec in self._roster.topology.actors:
+            self._keeper.keep(spec)
+        loops = {"restore": self.changes.restore(), "heartbeat": self._heartbeat.run()}
+        if self.autoscaling is not None:
+            loops["autoscale"] = self.autoscaling.run()
+        for name, loop in loops.items():
+            self._always.append(asyncio.create_task(loop, name=name))
+            self._always[-1].add_done_callback(log_failure)
+
+    def missing(self) -> str | None:
+        """What keeps the deployment from serving now."""
+        return self._missing()
 
     async def snapshot(self) -> Snapshot:
         """The members with fresh counts. Whoever does not answer keeps its last count."""
@@ -124,10 +139,10 @@ class Supervisor:
         """Drain callers before those whom they call, then end every process. The grace time is
         that of all roles together. Whoever serves yet has a say, also while others still start:
         a KV store that is just killed leaves its shared memory behind."""
-        for loop in (self._scaling, self._beating):
-            if loop is not None:
-                loop.cancel()
-                await asyncio.wait([loop])
+        for task in self._always:
+            task.cancel()
+        if self._always:
+            await asyncio.wait(self._always)
         await self._keeper.let_all_go()
         await self.changes.stop()
         await self._keeper.let_all_go()  # whom a change that was under way had just added

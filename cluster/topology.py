@@ -216,6 +216,29 @@ def elsewhere(topology: Topology, actor: ActorSpec, rooms: Sequence[Room]) -> Ac
     return replace(actor, node=_node_of_replica(others, actor.group, rooms, num_wanted=1))
 
 
+def with_replacements(
+    topology: Topology,
+    leaving: Iterable[ActorSpec],
+    rooms: Sequence[Room],
+    indispensable: Collection[str] = (),
+) -> Topology:
+    """One more of its kind for each of these who compute, as far as there is room. Raises
+    `NoFreeSlot` for one that is indispensable."""
+    for spec in leaving:
+        try:
+            match spec.role:
+                case Role.ATTENTION:
+                    num_workers = len(topology.of_role(Role.ATTENTION)) + 1
+                    topology = with_workers(topology, num_workers, rooms)
+                case Role.EXPERT:
+                    num_replicas = len(topology.replicas_of(spec.group)) + 1
+                    topology = with_replicas(topology, num_replicas, (spec.group,), rooms)
+        except NoFreeSlot:
+            if spec.name in indispensable:
+                raise
+    return topology
+
+
 def surplus(
     actors: Sequence[ActorSpec], num_wanted: int, alive: Collection[str]
 ) -> tuple[ActorSpec, ...]:

@@ -31,6 +31,9 @@ from cluster.flags import (
     wants_json,
 )
 
+# Beyond what the actors of a node may take to drain: for their replacements to start.
+DRAIN_MARGIN_SECONDS = 60.0
+
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     add_deployment_flags(parser)
@@ -152,7 +155,12 @@ def _scale(parsed: Arguments) -> None:
 
 
 def _drain_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("actor", type=text, metavar="ACTOR", help="its name, such as expert-0-1")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "actor", type=text, nargs="?", metavar="ACTOR", help="its name, such as expert-0-1"
+    )
+    words = "all on the Ray node of this address or id, after their replacements"
+    which.add_argument("--node", type=text, metavar="NODE", help=words)
     add_client_flags(parser)
 
 
@@ -160,7 +168,11 @@ def _drain(parsed: Arguments) -> None:
     from cluster.scale import ScaleCommand
 
     command = ScaleCommand(access=access_of(parsed), as_json=wants_json(parsed))
-    asyncio.run(command.drain(parsed.actor))
+    if parsed.node is None:
+        asyncio.run(command.drain(parsed.actor))
+    else:
+        patience_seconds = settings_of(parsed).cluster.drain_seconds + DRAIN_MARGIN_SECONDS
+        asyncio.run(command.drain_node(parsed.node, patience_seconds))
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -279,7 +291,7 @@ VERBS = {
     "generate": Verb("answer one prompt", _generate_arguments, _generate),
     "status": Verb("show what a deployment consists of", _status_arguments, _status),
     "scale": Verb("change how many actors compute", _scale_arguments, _scale),
-    "drain": Verb("take one actor out for good", _drain_arguments, _drain),
+    "drain": Verb("take one actor out, or all on a node", _drain_arguments, _drain),
     "bench": Verb("measure on random weights of the mini model", _bench_arguments, _bench),
     "train": Verb("train a small model from scratch", _train_arguments, _train),
 }

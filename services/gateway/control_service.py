@@ -103,8 +103,16 @@ class ControlService(control_pb2_grpc.ControlServicer):
         self, request: control_pb2.DrainRequest, context: Context
     ) -> control_pb2.DrainResponse:
         async with ending_with_status(context):
-            change = await self._operations.drain(request.actor)
-        return control_pb2.DrainResponse(epoch=change.epoch, removed=change.removed)
+            match request.WhichOneof("what"):
+                case "actor":
+                    change = await self._operations.drain(request.actor)
+                case "node":
+                    change = await self._operations.drain_node(request.node)
+                case _:
+                    raise InvalidRequest("what is to be drained: set actor or node")
+        return control_pb2.DrainResponse(
+            epoch=change.epoch, removed=change.removed, added=change.added
+        )
 
     async def Abort(
         self, request: control_pb2.AbortRequest, context: Context

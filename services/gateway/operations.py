@@ -27,3 +27,7 @@ class Operations(Protocol):
     async def drain(self, name: str) -> Change:
         """Take one actor out for good, once it has finished what it has."""
         ...
+
+    async def drain_node(self, node: str) -> Change:
+        """Take out whatever runs on the node of this address or id."""
+        ...

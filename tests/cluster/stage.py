@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.backoff import RestartPolicy
 from cluster.config import AutoscaleSettings, TopologySettings
@@ -140,6 +140,14 @@ class Stage:
         rooms = list(self.rooms_now)
         rooms[node] = Room(is_alive=False)
         self.rooms_now = tuple(rooms)
+
+    async def close(self, node: str) -> frozenset[int]:
+        numbers = frozenset(n for n in range(len(self.rooms_now)) if node == f"node-{n}")
+        self.rooms_now = tuple(
+            replace(room, is_alive=room.is_alive and number not in numbers)
+            for number, room in enumerate(self.rooms_now)
+        )
+        return numbers
 
     async def wait_for_slots(self, role: Role, num_slots: int) -> None:
         self.note(f"wait for {num_slots} {role}")

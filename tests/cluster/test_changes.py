@@ -11,9 +11,11 @@ from cluster.members import (
     ChangeFailed,
     ChangeInvalid,
     ChangeRefused,
+    Listening,
     MemberState,
     UnknownActor,
 )
+from cluster.roster import Adopted
 from cluster.topology import Role, Room, plan_topology
 from tests.cluster.stage import EVERYBODY, PATIENCE, Stage, state_of
 
@@ -288,3 +290,88 @@ async def test_a_cluster_that_does_not_grow_changes_nothing() -> None:
         stage.rooms_later = slots(3)  # somebody else has taken it meanwhile
         with pytest.raises(ChangeFailed, match="no node has a free expert_slot"):
             await supervisor.changes.scale_experts(2, None)
+
+
+async def test_a_node_is_drained_after_replacements_and_callers_before_whom_they_call() -> None:
+    stage = Stage(rooms_now=(Room(), Room(), Room()))
+    async with stage.started() as supervisor:
+        there = {spec.name for spec in stage.topology.actors if spec.node == 1}
+        change = await supervisor.changes.drain_node("node-1")
+        assert set(change.removed) == there
+        assert {"attention-2", "router-2", "kvstore-2"} <= set(change.added)
+        stopped = [entry.removeprefix("stop ") for entry in stage.log if entry[:5] == "stop "]
+        assert stopped[-2:] == ["router-1", "kvstore-1"]
+        first = stage.log.index(f"stop {stopped[0]}")
+        assert {f"serve {name}" for name in change.added} <= set(stage.log[:first])
+        assert sorted(stage.workers()) == ["at-attention-0", "at-attention-2"]
+        members = (await supervisor.snapshot()).members
+        assert len([m for m in members if m.spec.role is Role.EXPERT]) == 4
+        assert {m.spec.node for m in members} == {0, 2}
+        assert await supervisor.changes.drain_node("node-1") == Change(change.epoch)
+        assert await supervisor.changes.drain_node("nowhere") == Change(change.epoch)
+
+
+async def test_whoever_finds_no_place_when_its_node_drains_comes_back_with_the_next_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.changes.RESTORE_SECONDS", 0.01)
+    full = Room(slots={Role.ATTENTION: 1, Role.EXPERT: 2})
+    stage = Stage(rooms_now=(full, full))
+    async with stage.started() as supervisor:
+        change = await supervisor.changes.drain_node("node-1")
+        assert change.added == ()
+        assert stage.workers() == ("at-attention-0",)
+        stage.rooms_now = (*stage.rooms_now, full)
+        await stage.until_true(lambda: len(stage.workers()) == 2)
+        await stage.until_true(lambda: len(stage.replicas(0)) == len(stage.replicas(1)) == 2)
+
+
+async def test_what_nobody_else_does_is_waited_for_before_its_node_drains() -> None:
+    full = Room(slots={Role.ATTENTION: 1, Role.EXPERT: 4})
+    stage = Stage(topology=SMALL, rooms_now=(full,))
+    async with stage.started() as supervisor:
+        with pytest.raises(ChangeRefused, match="gateway-0 is the only gateway"):
+            await supervisor.changes.drain_node("node-0")
+        assert stage.replicas(0) == ("at-expert-0-0",)
+
+
+async def test_another_supervisor_takes_over_who_serves() -> None:
+    stage = Stage()
+    async with stage.started() as supervisor:
+        await supervisor.changes.scale_experts(1, group=0)
+        found = [
+            Adopted(
+                member.spec,
+                stage.create(member.spec),
+                member.process,
+                Listening(member.address, kv_tokens=77),
+                epoch=5,
+            )
+            for member in (await supervisor.snapshot()).members
+            if member.spec.name != "expert-1-1"  # which has died
+        ]
+    second = replace(stage, topology=stage.topology.without(EVERYBODY)).supervisor()
+    stage.log.clear()
+    await second.take_over(found)
+    assert not [entry for entry in stage.log if entry.split()[0] in ("load", "serve", "kill")]
+    assert stage.peers["router-0"].epoch == 6
+    change = await second.changes.resize(2, 2)
+    assert change.added == ("expert-0-1", "expert-1-1")
+    stage.kill("attention-0")
+    await stage.until("serve attention-0")
+    await second.stop()
+
+
+async def test_the_first_sizes_start_every_role_at_once() -> None:
+    stage = Stage(
+        topology=SMALL.without([spec.name for spec in SMALL.actors]),
+        rooms_now=(),
+        rooms_later=slots(3, 1),
+    )
+    supervisor = stage.supervisor()
+    await supervisor.take_over([])
+    change = await supervisor.changes.resize(2, 2)
+    assert len([name for name in change.added if name.startswith("expert-")]) == 4
+    assert supervisor.missing() is None
+    assert (await supervisor.changes.resize(2, 1)).removed == ("expert-0-1", "expert-1-1")
+    await supervisor.stop()

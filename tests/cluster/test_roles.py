@@ -91,6 +91,9 @@ class Nobody:
     async def drain(self, name: str) -> Change:
         raise AssertionError("nobody drains here")
 
+    async def drain_node(self, node: str) -> Change:
+        raise AssertionError("nobody drains here")
+
 
 class OneMachine:
     async def rooms(self) -> tuple[Room, ...]:
@@ -101,6 +104,9 @@ class OneMachine:
 
     async def wait_for_slots(self, role: Role, num_slots: int) -> None:
         raise AssertionError("there is room for everybody")
+
+    async def close(self, node: str) -> frozenset[int]:
+        raise AssertionError("nobody drains here")
 
 
 @pytest.fixture

@@ -69,6 +69,9 @@ class StagedOperations:
     async def drain(self, name: str) -> Change:
         return self._done("drain", name)
 
+    async def drain_node(self, node: str) -> Change:
+        return self._done("drain_node", node)
+
     def _done(self, *asked: object) -> Change:
         self.asked.append(asked)
         if self.fails_with:

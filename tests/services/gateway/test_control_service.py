@@ -49,7 +49,13 @@ async def test_what_is_to_be_scaled_is_passed_on_and_what_came_of_it_is_told(
 async def test_a_drain_is_passed_on(deployment: Deployment) -> None:
     answer = await deployment.control.Drain(control_pb2.DrainRequest(actor="expert-1-1"))
     assert deployment.operations.asked == [("drain", "expert-1-1")]
-    assert answer == control_pb2.DrainResponse(epoch=4, removed=["expert-1-1"])
+    assert answer == control_pb2.DrainResponse(
+        epoch=4, added=["expert-0-1"], removed=["expert-1-1"]
+    )
+    await deployment.control.Drain(control_pb2.DrainRequest(node="10.0.0.7"))
+    assert deployment.operations.asked[1:] == [("drain_node", "10.0.0.7")]
+    with pytest.raises(grpc.aio.AioRpcError, match="set actor or node"):
+        await deployment.control.Drain(control_pb2.DrainRequest())
 
 
 @pytest.mark.parametrize(
