@@ -13,16 +13,13 @@ from cluster.autoscale import Autoscaler, RoleSample, ScalingSettings
 from cluster.changes import Changes
 from cluster.config import AutoscaleSettings, ScalingLimits
 from cluster.members import ChangeRefused, DeploymentError, Member, MemberState
-from cluster.readings import Reading, Window, Windows
+from cluster.readings import Reading, Window, Windows, answers_of
 from cluster.roster import Roster, together
 from cluster.topology import Role
 from protos.control_pb2 import Autoscaled
-from protos.histogram_pb2 import Histogram as HistogramMessage
-from services.histogram import Histogram
+from services.histogram import added
 
 log = logging.getLogger(__name__)
-
-NONE = HistogramMessage()
 
 Clock = Callable[[], float]
 
@@ -165,27 +162,15 @@ def _expert_sample(
 ) -> RoleSample:
     """What routers waited for an answer beyond what a replica was at work for it."""
     busy = (replica.rate(lambda stats: stats.expert.busy_seconds) for replica in replicas)
-    answered = [each for router in routers for each in _answers(router, addresses)]
-    num_answers = sum(each.count for each in answered)
+    answered = added(answers_of(router, addresses) for router in routers)
     num_calls = sum(replica.count(lambda stats: stats.expert.calls) for replica in replicas)
     queue_seconds = None
-    if num_answers and num_calls:
+    if (waited := answered.mean) is not None and num_calls:
         at_work = sum(
             replica.count(lambda stats: stats.expert.busy_seconds) for replica in replicas
         )
-        waited = sum(each.sum_seconds for each in answered) / num_answers
         queue_seconds = max(0.0, waited - at_work / num_calls)
     return RoleSample(len(replicas), _mean(busy), queue_seconds)
-
-
-def _answers(router: Window, addresses: set[str]) -> Iterator[Histogram]:
-    then = {link.address: link.answer_seconds for link in router.then.router.replicas}
-    for link in router.now.router.replicas:
-        if link.address in addresses:
-            answers = Histogram.from_wire(link.answer_seconds)
-            earlier = Histogram.from_wire(then.get(link.address, NONE))
-            # A link that was closed and opened again counts anew.
-            yield answers.since(earlier) if earlier.count <= answers.count else answers
 
 
 def _mean(values: Iterator[float | None]) -> float | None:

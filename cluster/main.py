@@ -88,8 +88,7 @@ def _exit_code(error: Exception) -> int | None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="model1",
-        description="Serve DeepSeek-V4-architecture models on Ray, over gRPC. "
-        "Exit codes: 0 ok, 1 failed, 2 usage, 3 unreachable.",
+        description="Serve DeepSeek-V4 on Ray. Exit codes: 0 ok, 1 failed, 2 usage, 3 unreachable.",
     )
     version = importlib.metadata.version("model1")
     parser.add_argument("--version", action="version", version=f"model1 {version}")

@@ -4,13 +4,13 @@ Reports hold counts since a process serves; rates, shares of time and percentile
 of a window. Knows neither who asks nor what is made of it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from protos.control_pb2 import RoleStats
 from protos.histogram_pb2 import Histogram as HistogramMessage
-from services.histogram import Histogram
+from services.histogram import Histogram, added
 
 
 class Reading(NamedTuple):
@@ -62,3 +62,16 @@ class Windows:
                 windows[name] = Window(reading.stats, last.stats)
         self._last = dict(readings)
         return windows
+
+
+def answers_of(router: Window, addresses: Collection[str] | None = None) -> Histogram:
+    """What the answers of the replicas at these addresses took, or of all."""
+    then = {link.address: link.answer_seconds for link in router.then.router.replicas}
+    answers = []
+    for link in router.now.router.replicas:
+        if addresses is None or link.address in addresses:
+            now = Histogram.from_wire(link.answer_seconds)
+            before = Histogram.from_wire(then.get(link.address, HistogramMessage()))
+            # A link that was closed and opened again counts anew.
+            answers.append(now.since(before) if before.count <= now.count else now)
+    return added(answers)

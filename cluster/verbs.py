@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import secrets
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from cluster.config import SettingsError
@@ -130,6 +131,30 @@ def _status(parsed: Arguments) -> None:
         asyncio.run(health(access_of(parsed)))
     else:
         asyncio.run(status(access_of(parsed), as_json=wants_json(parsed)))
+
+
+def _top_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--interval", type=seconds, default=2.0, metavar="S", help="of each look")
+    parser.add_argument("--once", action="store_true", help="one look, and leave")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="write the load, for `plan autoscale --trace`"
+    )
+    add_client_flags(parser)
+
+
+def _top(parsed: Arguments) -> None:
+    from cluster.top import top
+
+    with suppress(KeyboardInterrupt):  # how one leaves it
+        asyncio.run(
+            top(
+                access_of(parsed),
+                interval_seconds=parsed.interval,
+                once=parsed.once,
+                as_json=wants_json(parsed),
+                record=parsed.record,
+            )
+        )
 
 
 def _scale_arguments(parser: argparse.ArgumentParser) -> None:
@@ -290,6 +315,7 @@ VERBS = {
     "serve": Verb("run a deployment until SIGTERM", _serve_arguments, _serve),
     "generate": Verb("answer one prompt", _generate_arguments, _generate),
     "status": Verb("show what a deployment consists of", _status_arguments, _status),
+    "top": Verb("show what it does, live", _top_arguments, _top),
     "scale": Verb("change how many actors compute", _scale_arguments, _scale),
     "drain": Verb("take one actor out, or all on a node", _drain_arguments, _drain),
     "bench": Verb("measure on random weights of the mini model", _bench_arguments, _bench),

@@ -60,17 +60,38 @@ def test_a_deployment_answers_like_the_model_and_leaves_nothing(
         idle = [m["role"] for m in members if int(m["requests"]) == 0]
         assert sorted(idle) in (["supervisor"], ["kvstore", "supervisor"])
 
+        _tops(deployment.endpoint)
+
         metrics = scraped(run_json("status", *endpoint)["server"]["metrics_url"])
         for member in members:
             assert metrics("model1_up", role=member["role"], name=member["name"]) == 1
         assert metrics("model1_requests_ended_total", outcome="finished") == 2
         assert metrics("model1_requests_ended_total", outcome="rejected") == 1
+        assert metrics("model1_worker_crossing_seconds_count", worker="attention-0") > 0
+        assert metrics("model1_router_answer_seconds_count", router="router-0") > 0
+        assert metrics("model1_replica_compute_seconds_count", replica="expert-1-0") > 0
 
         stopping = _drains_while_a_request_streams(deployment.endpoint, deployment.process)
         assert stopping
         stopped = deployment.wait()
         assert (stopped.code, stopped.stdout, stopped.stderr) == (0, "", "")
         wait_until_gone([*pids, deployment.process.pid])
+
+
+def _tops(endpoint: str) -> None:
+    """Two requests were served and nothing happens now."""
+    text = run("top", "--once", "--interval", "0.2", "--endpoint", endpoint)
+    assert (text.code, text.stderr) == (0, "")
+    for name in ("gateway-0", "attention-0", "router-0", "expert-1-0", "kvstore-0"):
+        assert name in text.stdout
+    look = run_json("top", "--once", "--interval", "0.2", "--endpoint", endpoint)
+    (gateway,), (worker,) = look["gateways"], look["workers"]
+    assert (gateway["finished"], gateway["rejected"], gateway["active"]) == (2, 1, 0)
+    assert (gateway["requests_per_second"], worker["in_steps_share"]) == (0, 0)
+    since_the_start = run_json("status", "--endpoint", endpoint)["figures"]
+    assert since_the_start["gateways"][0]["first_token"]["p50"] > 0
+    assert since_the_start["routers"][0]["answer"]["p99"] > 0
+    assert 0 < since_the_start["experts"]["balance"] <= 1
 
 
 def _drains_while_a_request_streams(endpoint: str, process: "subprocess.Popen[str]") -> bool:

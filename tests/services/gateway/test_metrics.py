@@ -4,29 +4,38 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics import exposition, parser
 
-from protos import attention_pb2, kvstore_pb2
+from protos import (
+    attention_pb2,
+    control_pb2,
+    expert_pb2,
+    histogram_pb2,
+    kvstore_pb2,
+    router_pb2,
+)
 from services.gateway.answer import Final
 from services.gateway.counters import RequestCounters
 from services.gateway.metrics import Report
 from services.gateway.topology import Member, Topology
 from services.generation import FinishReason
+from services.histogram import Histogram
 from tests.services.gateway.scraped import Samples
 
 LABELS = {
     *("version", "outcome", "source", "role", "name", "worker", "why", "store", "tier"),
-    *("reason", "quantile", "failure", "step"),
+    *("reason", "quantile", "failure", "step", "router", "replica", "expert", "group", "limit"),
+    "le",
 }
 
 
-def member(role: str, name: str, state: str = "ready") -> Member:
-    return Member(
-        name=name, role=role, address="10.0.0.7:4000", pid=17, node_id="n", state=state, requests=5
-    )
+def member(role: str, name: str, state: str = "ready", **more: Any) -> Member:
+    usual: dict[str, Any] = {"address": "10.0.0.7:4000", "pid": 17, "node_id": "n", "requests": 5}
+    return Member(name=name, role=role, state=state, **{**usual, **more})
 
 
 TOPOLOGY = Topology(
@@ -102,7 +111,8 @@ def test_every_family_is_named_and_described_by_the_rules() -> None:
     for family in found.families:
         assert family.name.startswith("model1_")
         assert family.documentation.endswith(".")
-        assert family.type in ("counter", "gauge")
+        assert family.type in ("counter", "gauge", "histogram")
+        assert family.name.endswith("_seconds") or family.type != "histogram"
         for sample in family.samples:
             assert sample.name.endswith("_total") == (family.type == "counter")
             assert sample.labels.keys() <= LABELS
@@ -193,6 +203,90 @@ def test_no_number_of_a_workers_kv_is_forgotten() -> None:
     late = found("model1_worker_recomputed_tokens_total", worker=worker, why="late")
     assert late == stats.kv.late_tokens
     assert found("model1_worker_kv_limit_blocks", worker=worker) == stats.kv.max_blocks
+
+
+def dispatching() -> tuple[Topology, set[float], set[float], set[float]]:
+    """A router that knows a replica, and one that has gone; the numbers of the first two, and of
+    the link between them."""
+    router = control_pb2.RoleStats(router=router_pb2.RouterStatsResponse(expert_pairs=[7, 0, 9]))
+    link = router.router.replicas.add(address="10.0.0.8:1", connected=True)
+    router.router.replicas.add(address="10.0.0.8:2")
+    expert = control_pb2.RoleStats(expert=expert_pb2.ExpertStatsResponse())
+    of_router = numbered(router.router, but=("epoch",))
+    of_link = numbered(link, but=("calls", "pairs"), start=2000)
+    of_expert = numbered(expert.expert, but=("rows",), start=3000)
+    members = (
+        member("router", "router-0", stats=router, restarts=2),
+        member("expert", "expert-0-0", address="10.0.0.8:1", stats=expert),
+    )
+    return Topology(3, members), of_router, of_link, of_expert
+
+
+def test_no_number_of_a_router_or_a_replica_is_forgotten() -> None:
+    topology, of_router, of_link, of_expert = dispatching()
+    found = samples(report(topology=topology))
+    assert of_router - values(found, router="router-0") == set()
+    assert of_link - values(found, router="router-0", replica="expert-0-0") == set()
+    assert of_expert - values(found, replica="expert-0-0") == set()
+    pairs = "model1_router_expert_pairs_total"
+    assert [found(pairs, router="router-0", expert=str(i)) for i in range(3)] == [7, 0, 9]
+    assert len(list(found.labels("model1_router_replica_breaks_total"))) == 1
+    assert found("model1_restarts_total", role="router", name="router-0") == 2
+    assert "10.0.0.8" not in text(report(topology=topology))
+
+
+def test_latencies_are_cumulative_in_buckets_and_nothing_is_lost() -> None:
+    answers = Histogram()
+    for seconds in (0.0014, 0.0016, 0.004, 500.0):
+        answers.observe(seconds)
+    topology, *_ = dispatching()
+    router = topology.members[0].stats.router
+    router.replicas[0].answer_seconds.CopyFrom(answers.to_wire())
+    router.replicas[1].answer_seconds.CopyFrom(answers.to_wire())
+    found = samples(report(topology=topology))
+    name, of = "model1_router_answer_seconds", {"router": "router-0"}
+    bounds = ("0.001", "0.002", "0.005", "50.0", "+Inf")
+    counts = [found(f"{name}_bucket", **of, le=bound) for bound in bounds]
+    assert counts == [0, 4, 6, 6, 8]
+    assert found(f"{name}_count", **of) == 8
+    assert found(f"{name}_sum", **of) == pytest.approx(2 * 500.007)
+
+
+def test_no_latency_of_a_worker_is_forgotten() -> None:
+    stats = attention_pb2.AttentionStatsResponse(filled_seconds=3, oldest_waiting_seconds=5)
+    fields: Any = stats.DESCRIPTOR.fields
+    names = [field.name for field in fields if field.name.endswith("_seconds")]
+    times = [name for name in names if isinstance(getattr(stats, name), histogram_pb2.Histogram)]
+    for number, name in enumerate(times, 1):
+        getattr(stats, name).CopyFrom(histogram_pb2.Histogram(counts=[number], sum_seconds=1))
+    found = samples(report(workers=[("attention-0", stats)]))
+    assert [found(f"model1_worker_{name}_count", worker="attention-0") for name in times] == list(
+        range(1, len(times) + 1)
+    )
+    assert len(times) >= 5
+    assert found("model1_worker_filled_seconds_total", worker="attention-0") == 3
+    assert found("model1_worker_oldest_waiting_seconds", worker="attention-0") == 5
+
+
+def test_what_is_scaled_by_itself_has_series_of_its_own() -> None:
+    workers = control_pb2.Autoscaled(
+        role="attention", min_replicas=1, max_replicas=4, replicas=2, desired_replicas=2
+    )
+    experts = control_pb2.Autoscaled(
+        role="expert", expert_group=1, min_replicas=1, max_replicas=8, replicas=3
+    )
+    experts.desired_replicas, experts.busy_share, experts.queue_seconds = 4, 0.9, 0.02
+    experts.last_change, experts.last_change_age_seconds = "3 -> 4: 90% busy", 12.0
+    found = samples(report(topology=replace(TOPOLOGY, autoscaled=(workers, experts))))
+    of = {"role": "expert", "group": "1"}
+    assert found("model1_autoscale_replicas", **of) == 3
+    assert found("model1_autoscale_desired_replicas", **of) == 4
+    assert found("model1_autoscale_limit_replicas", **of, limit="max") == 8
+    assert found("model1_autoscale_busy_ratio", **of) == 0.9
+    assert found("model1_autoscale_queue_seconds", **of) == 0.02
+    assert found("model1_autoscale_last_change_age_seconds", **of) == 12
+    assert found("model1_autoscale_replicas", role="attention", group="") == 2
+    assert list(found.labels("model1_autoscale_busy_ratio")) == [of]
 
 
 def test_no_number_of_a_tier_is_forgotten() -> None:

@@ -1,0 +1,49 @@
+"""What `model1 top` records."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from cluster.access import Access
+from cluster.client import Unreachable
+from cluster.config import SettingsError
+from cluster.plan.load_curves import read_curve
+from cluster.top import recording, top
+
+
+def test_a_recorded_load_is_what_the_plan_reads(tmp_path: Path) -> None:
+    file = tmp_path / "load.csv"
+    with recording(file, since=100.0) as load:
+        assert load is not None
+        load.measured(2.5, until=102.0)
+        load.measured(7.25, until=104.0)
+    assert read_curve(file).rates.tolist() == [2.5, 2.5, 7.25, 7.25]
+
+
+def test_a_recording_that_is_broken_off_is_whole_up_to_then(tmp_path: Path) -> None:
+    file = tmp_path / "load.csv"
+    with recording(file, since=0.0) as load:
+        assert load is not None
+        load.measured(1.0, until=2.0)
+        load.measured(2.0, until=4.0)
+        assert read_curve(file).rates.tolist() == [1.0, 1.0]
+
+
+def test_a_recording_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "load.csv").write_text("mine")
+    with (
+        pytest.raises(SettingsError, match=r"--record .*load\.csv: File exists"),
+        recording(tmp_path / "load.csv", since=0.0),
+    ):
+        raise AssertionError("never here")
+    assert (tmp_path / "load.csv").read_text() == "mine"
+
+
+def test_nobody_at_the_endpoint_is_said_at_once_and_nothing_is_recorded(tmp_path: Path) -> None:
+    file = tmp_path / "load.csv"
+    with pytest.raises(Unreachable):
+        asyncio.run(
+            top(Access("127.0.0.1:9"), interval_seconds=1, once=True, as_json=False, record=file)
+        )
+    assert not file.exists()
