@@ -79,7 +79,7 @@ class Keeper:
                     place = await self._where_it_can_be(spec)
                     self._roster.recreate(place)
                     await self._bring_companions(place)
-                    await self._roster.load(spec.name)
+                    await self._roster.load(spec.name, gently=self._has_stand_in(spec))
                     await self._roster.serve(spec.name)
             except (DeploymentError, NoFreeSlot, TimeoutError) as error:
                 took = f"it did not start within {self._start_timeout_seconds:g} s"
@@ -101,6 +101,18 @@ class Keeper:
         if spec.role in SLOTS:
             return elsewhere(self._roster.topology, now, rooms)
         raise DeploymentError(f"its node is away, and it belongs to node {now.node}")
+
+    def _has_stand_in(self, spec: ActorSpec) -> bool:
+        """Others do its work meanwhile, and need the processor for it."""
+        topology = self._roster.topology
+        match spec.role:
+            case Role.EXPERT:
+                alike = topology.replicas_of(spec.group)
+            case Role.ATTENTION:
+                alike = topology.of_role(spec.role)
+            case _:
+                return False  # one a node
+        return any(each.name in self._roster.ready for each in alike)
 
     async def _bring_companions(self, spec: ActorSpec) -> None:
         """What a worker needs on the node that it was moved to, and nobody there needed before."""

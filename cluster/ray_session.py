@@ -75,7 +75,7 @@ def ray_session(settings: ClusterSettings, *, num_actors: int) -> Iterator[Hosts
     if settings.ray_address is None:
         with _temp_dir(settings.temp_dir) as folder, _own_ray(folder, num_actors):
             # Our servers stay inside. NOTE: Ray's own do not, they listen on every interface; the
-            # token of `_prepare_environment` is what keeps others out of them.
+            # token of `prepare_environment` is what keeps others out of them.
             node = Node(_own_node_id(), Place("127.0.0.1", folder), OWN_SLOTS)
             yield Hosts((node,), are_ours_alone=True, have_slots=True)
     else:
@@ -85,7 +85,7 @@ def ray_session(settings: ClusterSettings, *, num_actors: int) -> Iterator[Hosts
 
 @contextmanager
 def _own_ray(folder: Path, num_actors: int) -> Iterator[None]:
-    _prepare_environment()
+    prepare_environment()
     import ray
 
     try:
@@ -177,7 +177,7 @@ def living_nodes() -> tuple[Node, ...]:
     )
 
 
-def _prepare_environment() -> None:
+def prepare_environment() -> None:
     """What Ray's processes inherit from this one. Whatever the user has set stays."""
     for name, value in {
         "RAY_USAGE_STATS_ENABLED": "0",

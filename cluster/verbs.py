@@ -262,49 +262,64 @@ def _bench(parsed: Arguments) -> None:
 
 
 def _chaos_arguments(parser: argparse.ArgumentParser) -> None:
-    from cluster.chaos.plan import Fault
+    from cluster.chaos.plan import NODE_FAULTS, Fault
+    from cluster.chaos.presets import PRESETS
 
     what = parser.add_subparsers(dest="what", required=True, metavar="run")
     words = "a deployment here, known questions, random faults, every token compared"
     run = what.add_parser("run", help=words, description=words)
-    run.add_argument("--minutes", type=minutes, default=10.0, metavar="M")
+    run.add_argument("--preset", choices=[*PRESETS], help=_preset_words())
+    run.add_argument("--minutes", type=minutes, metavar="M", help="at most; 10 without a preset")
     run.add_argument("--max-faults", type=positive, metavar="N", help="end after so many")
-    run.add_argument("--pause", type=seconds, default=2.0, metavar="T", help="at most, in between")
+    run.add_argument("--pause", type=seconds, metavar="T", help="at most, in between; 2 s")
     run.add_argument("--streams", type=positive, default=16, metavar="N", help="at the same time")
     run.add_argument("--seed", type=seed, metavar="S", help="of questions and faults")
     run.add_argument(
         "--only",
         action="append",
-        choices=[fault.value for fault in Fault],
+        choices=[fault.value for fault in Fault if fault not in NODE_FAULTS],
         help="this fault; may be given again",
     )
     add_deployment_flags(run)
     add_format_flag(run)
 
 
+def _preset_words() -> str:
+    from cluster.chaos.presets import PRESETS
+
+    return "; ".join(f"{name}: {preset.words}" for name, preset in PRESETS.items())
+
+
 def _chaos(parsed: Arguments) -> None:
     from cluster.chaos.plan import Fault, Plan
+    from cluster.chaos.presets import PRESETS, SOAK
     from cluster.chaos.run import chaos_run
 
-    # Of everything that is killed there is another one, and any free port is good.
-    defaults: dict[str, object] = {
-        "gateway.port": 0,
-        "topology.attention_workers": 2,
-        "topology.expert_groups": 2,
-        "topology.expert_replicas": 2,
-    }
+    preset = PRESETS[parsed.preset] if parsed.preset else SOAK
+    # Any free port is good.
+    defaults: dict[str, object] = {"gateway.port": 0}
+    defaults |= {f"topology.{name}": value for name, value in preset.topology.items()}
     settings = settings_of(parsed, defaults=defaults)
+    if preset.num_nodes > 1 and settings.cluster.ray_address is not None:
+        raise SettingsError(f"--preset {parsed.preset} starts nodes of its own: no --ray-address")
     has_redis = settings.kv.enabled and settings.kv.redis == "embedded"
-    if Fault.KILL_REDIS in (parsed.only or ()) and not has_redis:
-        raise SettingsError(f"--only {Fault.KILL_REDIS}: the deployment has no Redis of its own")
-    possible = [fault for fault in Fault if has_redis or fault is not Fault.KILL_REDIS]
+    impossible = {
+        Fault.KILL_STORE: None if settings.kv.enabled else "KV store",
+        Fault.KILL_REDIS: None if has_redis else "Redis of its own",
+    }
+    for fault in map(Fault, parsed.only or ()):
+        if lacking := impossible.get(fault):
+            raise SettingsError(f"--only {fault}: the deployment has no {lacking}")
+    faults = [Fault(each) for each in parsed.only or preset.faults]
     plan = Plan(
-        seconds=parsed.minutes * 60,
-        max_faults=parsed.max_faults,
-        faults=[Fault(each) for each in parsed.only or possible],
+        preset=parsed.preset or "",
+        seconds=(parsed.minutes or preset.minutes) * 60,
+        max_faults=parsed.max_faults or preset.max_faults,
+        faults=[fault for fault in faults if not impossible.get(fault)],
         streams=parsed.streams,
-        pause_seconds=parsed.pause,
+        pause_seconds=preset.pause_seconds if parsed.pause is None else parsed.pause,
         seed=secrets.randbits(32) if parsed.seed is None else parsed.seed,
+        num_nodes=preset.num_nodes,
     )
     chaos_run(settings, plan, as_json=wants_json(parsed))
 

@@ -100,7 +100,7 @@ class RoleStats(_message.Message):
     def __init__(self, requests: _Optional[int] = ..., seconds: _Optional[float] = ..., gateway: _Optional[_Union[GatewayStats, _Mapping]] = ..., attention: _Optional[_Union[_attention_pb2.AttentionStatsResponse, _Mapping]] = ..., router: _Optional[_Union[_router_pb2.RouterStatsResponse, _Mapping]] = ..., expert: _Optional[_Union[_expert_pb2.ExpertStatsResponse, _Mapping]] = ...) -> None: ...
 
 class GatewayStats(_message.Message):
-    __slots__ = ("received_requests", "finished_requests", "cancelled_requests", "rejected_requests", "failed_requests", "active_requests", "max_active_requests", "generated_tokens", "waits", "continuations", "first_token_seconds")
+    __slots__ = ("received_requests", "finished_requests", "cancelled_requests", "rejected_requests", "failed_requests", "active_requests", "max_active_requests", "generated_tokens", "waits", "continuations", "first_token_seconds", "recomputed_tokens")
     RECEIVED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     CANCELLED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +112,7 @@ class GatewayStats(_message.Message):
     WAITS_FIELD_NUMBER: _ClassVar[int]
     CONTINUATIONS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     received_requests: int
     finished_requests: int
     cancelled_requests: int
@@ -123,7 +124,8 @@ class GatewayStats(_message.Message):
     waits: int
     continuations: int
     first_token_seconds: _histogram_pb2.Histogram
-    def __init__(self, received_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., rejected_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., active_requests: _Optional[int] = ..., max_active_requests: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., waits: _Optional[int] = ..., continuations: _Optional[int] = ..., first_token_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ...) -> None: ...
+    recomputed_tokens: int
+    def __init__(self, received_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., rejected_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., active_requests: _Optional[int] = ..., max_active_requests: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., waits: _Optional[int] = ..., continuations: _Optional[int] = ..., first_token_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., recomputed_tokens: _Optional[int] = ...) -> None: ...
 
 class GetTopologyResponse(_message.Message):
     __slots__ = ("epoch", "members", "autoscaled")

@@ -4,17 +4,16 @@ Which fault and whom it hits is drawn from the seed. Knows nothing of the traffi
 """
 
 import asyncio
-import contextlib
-import os
 import random
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.chaos.plan import Fault
+from cluster.chaos.nodes import LocalNodes, children, send
+from cluster.chaos.plan import NODE_FAULTS, Fault
 from cluster.client import Client, RequestFailed, Unreachable, named_failures
 from cluster.topology import Role
 from protos import control_pb2, control_pb2_grpc
@@ -22,10 +21,12 @@ from protos import control_pb2, control_pb2_grpc
 READY = "ready"
 POLL_SECONDS = 0.1
 STOPPED_SECONDS = (1.0, 10.0)
-SLOWED_SECONDS = 5.0
+SLOWED_SECONDS = 15.0
 # Of each slice of time that a slowed process may use: a tenth.
 SLOWED_RUNS_SECONDS, SLOWED_RESTS_SECONDS = 0.005, 0.045
-REPLICAS = (1, 4)
+MIN_REPLICAS, MAX_REPLICAS = 1, 4
+# After a node that was frozen goes on, for what it still has to say.
+THAWED_SECONDS = 3.0
 
 
 class NotRecovered(Exception):
@@ -39,23 +40,32 @@ class Injected:
     fault: Fault
     target: str
     at: float
+    # When it was over; of a node: when nobody counted on it any more.
+    ended: float
     recovered: float  # when every member was ready again
 
 
 class Injector:
     """Does faults, one after the other, and waits until the deployment is whole again."""
 
-    def __init__(self, client: Client, *, seed: int, patience_seconds: float) -> None:
+    def __init__(
+        self, client: Client, nodes: LocalNodes | None, *, seed: int, patience_seconds: float
+    ) -> None:
         self._client = client
+        self._nodes = nodes
+        self._grows: dict[int, bool] = {}  # expert groups
         self._draw = random.Random(f"faults {seed}")
         self._patience_seconds = patience_seconds
 
     async def inject(self, fault: Fault) -> Injected:
         """Raises `NotRecovered`."""
+        if fault in NODE_FAULTS:
+            return await self._lose_node(fault)
         begun = time.monotonic()
         target = await self._do(fault)
-        recovered = await self._whole_again()
-        return Injected(fault, target, begun, recovered)
+        ended = time.monotonic()
+        recovered = await self._until_whole(_is_whole)
+        return Injected(fault, target, begun, ended, recovered)
 
     async def _do(self, fault: Fault) -> str:
         """To whom, and how much of it."""
@@ -66,6 +76,8 @@ class Injector:
                 return await self._kill(Role.ROUTER)
             case Fault.KILL_ATTENTION:
                 return await self._kill(Role.ATTENTION)
+            case Fault.KILL_STORE:
+                return await self._kill(Role.KVSTORE)
             case Fault.KILL_REDIS:
                 return await self._kill_redis()
             case Fault.STOP_EXPERT:
@@ -74,24 +86,26 @@ class Injector:
                 return await self._slow_expert()
             case Fault.SCALE_EXPERTS:
                 return await self._scale_experts()
+            case _:
+                raise AssertionError(fault)
 
     async def _kill(self, role: Role) -> str:
         member = await self._drawn(role)
-        _signal(member.pid, signal.SIGKILL)
+        send(member.pid, signal.SIGKILL)
         return member.name
 
     async def _kill_redis(self) -> str:
         """The server that a KV store started: its child, which it starts again."""
         member = await self._drawn(Role.KVSTORE)
         killed = await self._child_of(member)
-        _signal(killed, signal.SIGKILL)
+        send(killed, signal.SIGKILL)
         await self._child_of(member, other_than=killed)
         return f"{member.name}'s Redis"
 
     async def _child_of(self, member: control_pb2.Member, *, other_than: int = 0) -> int:
         deadline = time.monotonic() + self._patience_seconds
         while time.monotonic() < deadline:
-            for pid in _children(member.pid):
+            for pid in children(member.pid):
                 if pid != other_than:
                     return pid
             await asyncio.sleep(POLL_SECONDS)
@@ -102,11 +116,11 @@ class Injector:
     async def _stop_expert(self) -> str:
         member = await self._drawn(Role.EXPERT)
         seconds = self._draw.uniform(*STOPPED_SECONDS)
-        _signal(member.pid, signal.SIGSTOP)
+        send(member.pid, signal.SIGSTOP)
         try:
             await asyncio.sleep(seconds)
         finally:
-            _signal(member.pid, signal.SIGCONT)
+            send(member.pid, signal.SIGCONT)
         return f"{member.name} for {seconds:.1f} s"
 
     async def _slow_expert(self) -> str:
@@ -114,19 +128,22 @@ class Injector:
         member = await self._drawn(Role.EXPERT)
         until = time.monotonic() + SLOWED_SECONDS
         while time.monotonic() < until:
-            _signal(member.pid, signal.SIGSTOP)
+            send(member.pid, signal.SIGSTOP)
             try:
                 await asyncio.sleep(SLOWED_RESTS_SECONDS)
             finally:
-                _signal(member.pid, signal.SIGCONT)
+                send(member.pid, signal.SIGCONT)
             await asyncio.sleep(SLOWED_RUNS_SECONDS)
         return member.name
 
     async def _scale_experts(self) -> str:
+        """One step of a group's way from one replica to four and back."""
         members = await self._members(Role.EXPERT)
         group = self._draw.choice(sorted({member.expert_group for member in members}))
         now = sum(member.expert_group == group for member in members)
-        replicas = self._draw.choice([n for n in range(REPLICAS[0], REPLICAS[1] + 1) if n != now])
+        if now in (MIN_REPLICAS, MAX_REPLICAS):
+            self._grows[group] = now == MIN_REPLICAS
+        replicas = now + 1 if self._grows.setdefault(group, True) else now - 1
         workers = {member.name: member.pid for member in await self._members(Role.ATTENTION)}
         wanted = control_pb2.ScaleExperts(replicas=replicas, group=group)
         with named_failures(self._client.endpoint):
@@ -148,8 +165,31 @@ class Injector:
             raise NotRecovered(f"no {role} is ready")
         return sorted(found, key=lambda member: member.name)
 
-    async def _whole_again(self) -> float:
-        """Every member lives and is ready; the time at which that was seen."""
+    async def _lose_node(self, fault: Fault) -> Injected:
+        """One that computes, and not the first: gateway, supervisor and this command are there."""
+        if self._nodes is None:
+            raise NotRecovered(f"{fault} needs more than one node")
+        own = {member.node_id for member in await self._members(Role.GATEWAY)}
+        computing = [*await self._members(Role.EXPERT), *await self._members(Role.ATTENTION)]
+        node_id = self._draw.choice(sorted({member.node_id for member in computing} - own))
+        begun = time.monotonic()
+        frozen: list[int] = []
+        if fault is Fault.KILL_NODE:
+            self._nodes.kill(node_id)
+        else:
+            frozen = self._nodes.freeze(node_id)
+        try:
+            noticed = await self._until_whole(lambda member: _has_left(member, node_id))
+            recovered = await self._until_whole(lambda member: _computes_again(member, node_id))
+        finally:
+            for pid in frozen:
+                send(pid, signal.SIGCONT)
+        await asyncio.sleep(THAWED_SECONDS if frozen else 0.0)
+        await asyncio.to_thread(self._nodes.replace, node_id)
+        return Injected(fault, f"node {node_id[:6]}", begun, noticed, recovered)
+
+    async def _until_whole(self, is_so: Callable[[control_pb2.Member], bool]) -> float:
+        """It is so of every member; the time at which that was seen."""
         deadline = time.monotonic() + self._patience_seconds
         why = ""
         while time.monotonic() < deadline:
@@ -158,7 +198,7 @@ class Injector:
             except (Unreachable, RequestFailed) as error:
                 why = str(error)
             else:
-                missing = [each for each in topology.members if not _is_whole(each)]
+                missing = [each for each in topology.members if not is_so(each)]
                 if not missing:
                     return time.monotonic()
                 why = ", ".join(f"{each.name} is {each.state}" for each in missing)
@@ -171,12 +211,11 @@ def _is_whole(member: control_pb2.Member) -> bool:
     return member.state == READY and Path(f"/proc/{member.pid}").exists()
 
 
-def _children(pid: int) -> Iterator[int]:
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError):
-            yield from map(int, (task / "children").read_text().split())
+def _has_left(member: control_pb2.Member, node_id: str) -> bool:
+    return member.node_id != node_id or member.state != READY
 
 
-def _signal(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it may have died meanwhile
-        os.kill(pid, number)
+def _computes_again(member: control_pb2.Member, node_id: str) -> bool:
+    """Routers and KV stores wait for their node."""
+    waits = member.role in (Role.ROUTER, Role.KVSTORE)
+    return waits or (member.state == READY and member.node_id != node_id)

@@ -11,13 +11,21 @@ class Fault(StrEnum):
     SLOW_EXPERT = "slow-expert"
     KILL_ROUTER = "kill-router"
     KILL_ATTENTION = "kill-attention"
+    KILL_STORE = "kill-store"
     KILL_REDIS = "kill-redis"
     SCALE_EXPERTS = "scale-experts"
+    KILL_NODE = "kill-node"
+    FREEZE_NODE = "freeze-node"
+
+
+# Of whole machines: they need more than one node.
+NODE_FAULTS = (Fault.KILL_NODE, Fault.FREEZE_NODE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How long, and what. Between two faults passes up to `pause_seconds`."""
+    """How long, and what: each time one of `faults` at random, those that are named twice twice as
+    often. Between two faults passes up to `pause_seconds`. `num_nodes` of 1: a Ray of our own."""
 
     seconds: float
     max_faults: int | None
@@ -25,3 +33,5 @@ class Plan:
     streams: int
     pause_seconds: float
     seed: int
+    num_nodes: int = 1
+    preset: str = ""

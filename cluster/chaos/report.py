@@ -1,44 +1,29 @@
 """What a run showed: as tables for people, and as plain values for programs."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 
-from cluster.chaos.faults import Injected
 from cluster.chaos.plan import Fault
+from cluster.chaos.presets import PRESETS
 from cluster.chaos.stalls import normal_gap, percentile, stalls
-from cluster.chaos.traffic import Log
+from cluster.chaos.verdicts import Report, Verdict
 from cluster.output import text_table
 
 SHOWN_FAILURES = 10
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """`rss_mib_per_minute` is by process."""
-
-    machine: str
-    seed: int
-    streams: int
-    seconds: float
-    log: Log
-    faults: Sequence[Injected]
-    not_recovered: str  # why the run ended early; empty: it did not
-    rss_mib_per_minute: Mapping[str, float]
-
-    @property
-    def is_good(self) -> bool:
-        return not (self.log.wrong or self.log.failed or self.not_recovered)
-
-    @property
-    def num_requests(self) -> int:
-        return self.log.num_answered + len(self.log.wrong) + len(self.log.failed)
+def verdicts(report: Report) -> Sequence[Verdict]:
+    """Of a run that was to show something."""
+    preset = PRESETS.get(report.preset)
+    return [judge(report) for judge in preset.judges] if preset else []
 
 
 def as_dict(report: Report) -> dict[str, object]:
     log = report.log
     return {
         "machine": report.machine,
+        "preset": report.preset,
         "seed": report.seed,
         "streams": report.streams,
         "seconds": report.seconds,
@@ -60,6 +45,8 @@ def as_dict(report: Report) -> dict[str, object]:
             }
             for row in _rows(report)
         },
+        "counts": asdict(report.counts),
+        "verdicts": [asdict(verdict) for verdict in verdicts(report)],
         "rss_mib_per_minute": dict(report.rss_mib_per_minute),
     }
 
@@ -68,8 +55,8 @@ def print_tables(report: Report) -> None:
     log = report.log
     print(
         f"{report.machine}\n"
-        f"seed {report.seed}, {report.streams} streams, {report.seconds:.0f} s: "
-        f"{report.num_requests} requests, {log.num_tokens} tokens, "
+        f"{report.preset or 'all faults'}, seed {report.seed}, {report.streams} streams, "
+        f"{report.seconds:.0f} s: {report.num_requests} requests, {log.num_tokens} tokens, "
         f"{log.num_tokens / report.seconds:.0f} tokens/s, "
         f"{normal_gap(log.exchanges) * 1e3:.0f} ms between two tokens\n"
         f"{len(log.wrong)} wrong, {len(log.failed)} failed"
@@ -89,6 +76,10 @@ def print_tables(report: Report) -> None:
     ]
     header = ("fault", "times", "stall ms p50", "p99", "longest", "whole again after at most")
     print(text_table(header, rows))
+    if told := verdicts(report):
+        met = {True: "yes", False: "no", None: ""}
+        judged = [(each.what, each.measured, each.target, met[each.is_met]) for each in told]
+        print("\n" + text_table(("what", "measured", "target", "met"), judged))
     slopes = ((name, f"{slope:+.2f}") for name, slope in report.rss_mib_per_minute.items())
     print("\n" + text_table(("memory of", "MiB a minute"), list(slopes)))
     for kind, lines in (("wrong", log.wrong), ("failed", log.failed)):
@@ -112,7 +103,7 @@ class _Row:
 def _rows(report: Report) -> Iterator[_Row]:
     found = stalls(report.log.exchanges, report.faults)
     for fault in Fault:
-        happened = [each for each in report.faults if each.fault is fault]
+        happened = report.of(fault)
         if not happened:
             continue
         seconds = [stall.seconds for stall in found if stall.fault is fault] or [0.0]

@@ -7,16 +7,19 @@ import os
 import random
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager, redirect_stdout
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, redirect_stdout
 
 from cluster.access import access
 from cluster.chaos.faults import Injected, Injector, NotRecovered
 from cluster.chaos.memory import MemoryWatch, Process
-from cluster.chaos.plan import Plan
+from cluster.chaos.nodes import LocalNodes, local_nodes
+from cluster.chaos.plan import Fault, Plan
 from cluster.chaos.questions import Question, known_questions
-from cluster.chaos.report import Report, as_dict, print_tables
+from cluster.chaos.report import as_dict, print_tables
 from cluster.chaos.traffic import Traffic
+from cluster.chaos.verdicts import Counts, Report
+from cluster.chaos.witness import Witness
 from cluster.client import Client, RequestFailed, Unreachable, connected
 from cluster.config import Settings
 from cluster.deployment import Deployment, Site, deployed, prepared
@@ -49,8 +52,12 @@ def chaos_run(settings: Settings, plan: Plan, *, as_json: bool) -> None:
     )
     _tell("starting Ray")
     # Ray reports the death of a worker on stdout, which is for the report.
-    with redirect_stdout(sys.stderr), prepared(settings) as site:
-        report = asyncio.run(_run(site, plan, questions, machine()))
+    with (
+        redirect_stdout(sys.stderr),
+        _nodes(settings, plan) as (nodes, settings_there),
+        prepared(settings_there) as site,
+    ):
+        report = asyncio.run(_run(site, nodes, plan, questions, machine()))
     if as_json:
         print(json.dumps(as_dict(report)))
     else:
@@ -63,7 +70,24 @@ def chaos_run(settings: Settings, plan: Plan, *, as_json: bool) -> None:
         )
 
 
-async def _run(site: Site, plan: Plan, questions: Sequence[Question], machine: str) -> Report:
+@contextmanager
+def _nodes(settings: Settings, plan: Plan) -> Iterator[tuple[LocalNodes | None, Settings]]:
+    """The nodes of a run that needs more than one, and the settings to run there."""
+    if plan.num_nodes == 1:
+        yield None, settings
+        return
+    with local_nodes(plan.num_nodes) as nodes:
+        cluster = settings.cluster.model_copy(update={"ray_address": nodes.address})
+        yield nodes, settings.model_copy(update={"cluster": cluster})
+
+
+async def _run(
+    site: Site,
+    nodes: LocalNodes | None,
+    plan: Plan,
+    questions: Sequence[Question],
+    machine: str,
+) -> Report:
     cancel_on_signals()
     _tell("starting the actors")
     async with (
@@ -72,6 +96,7 @@ async def _run(site: Site, plan: Plan, questions: Sequence[Question], machine: s
         connected(access(site.settings, deployment.endpoint)) as client,
     ):
         traffic = Traffic(client.channel, questions, streams=plan.streams, seed=plan.seed)
+        witness = Witness(client.channel, questions)
         memory = MemoryWatch()
         begun = time.monotonic()
         not_recovered = ""
@@ -79,14 +104,16 @@ async def _run(site: Site, plan: Plan, questions: Sequence[Question], machine: s
         async with _running(memory, client), asyncio.TaskGroup() as group:
             group.create_task(traffic.run())
             try:
-                await _inject_all(client, plan, traffic, done)
+                await _inject_all(client, nodes, plan, traffic, witness, done)
             except NotRecovered as error:
                 not_recovered = str(error)
             finally:
                 traffic.stop()
         seconds = time.monotonic() - begun
+        counts = await _counts(client, witness)
     return Report(
         machine=machine,
+        preset=plan.preset,
         seed=plan.seed,
         streams=plan.streams,
         seconds=seconds,
@@ -94,17 +121,41 @@ async def _run(site: Site, plan: Plan, questions: Sequence[Question], machine: s
         faults=done,
         not_recovered=not_recovered,
         rss_mib_per_minute=memory.slopes(),
+        counts=counts,
     )
 
 
-async def _inject_all(client: Client, plan: Plan, traffic: Traffic, done: list[Injected]) -> None:
+async def _counts(client: Client, witness: Witness) -> Counts:
+    gateways = [each.stats.gateway for each in (await client.topology()).members]
+    return Counts(
+        continuations=sum(gateway.continuations for gateway in gateways),
+        recomputed_tokens=sum(gateway.recomputed_tokens for gateway in gateways),
+        blocks_before=witness.num_blocks,
+        blocks_lost=witness.num_lost,
+    )
+
+
+async def _inject_all(
+    client: Client,
+    nodes: LocalNodes | None,
+    plan: Plan,
+    traffic: Traffic,
+    witness: Witness,
+    done: list[Injected],
+) -> None:
     draw = random.Random(f"plan {plan.seed}")
-    injector = Injector(client, seed=plan.seed, patience_seconds=RECOVERY_SECONDS)
+    injector = Injector(client, nodes, seed=plan.seed, patience_seconds=RECOVERY_SECONDS)
     until = time.monotonic() + plan.seconds
+    # Where nothing happens to the workers they keep what they have.
+    is_watched = set(plan.faults) == {Fault.SCALE_EXPERTS}
+    if is_watched:
+        await witness.begin()
     await asyncio.sleep(STEADY_SECONDS)
     while time.monotonic() < until and len(done) != plan.max_faults:
         fault = draw.choice(plan.faults)
         done.append(injected := await injector.inject(fault))
+        if is_watched:
+            await witness.look()
         log = traffic.log
         _tell(
             f"{len(done)}: {fault} {injected.target}, whole again after "

@@ -176,6 +176,7 @@ class GatewayServer:
             generated_tokens=counters.generated_tokens,
             waits=counters.waited,
             continuations=counters.continued,
+            recomputed_tokens=counters.recomputed_tokens,
             first_token_seconds=counters.first_token_seconds.to_wire(),
         )
 

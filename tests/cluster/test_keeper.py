@@ -175,6 +175,20 @@ async def test_a_router_waits_for_its_node() -> None:
         await stage.until("serve router-1")
 
 
+async def test_who_has_a_stand_in_loads_behind_those_who_serve() -> None:
+    stage = Stage()
+    async with stage.started():
+        stage.kill("expert-0-1")
+        await stage.until("serve expert-0-1")
+        assert stage.gentle["expert-0-1"]
+        stage.never_loads = "expert-0-0"
+        stage.kill("expert-0-0")
+        await stage.until_true(lambda: stage.replicas(0) == ("at-expert-0-1-again-1",))
+        stage.kill("expert-0-1")
+        await stage.until_true(lambda: stage.log.count("serve expert-0-1") == 2)
+        assert not stage.gentle["expert-0-1"]
+
+
 async def test_a_router_that_cannot_be_told_holds_up_nobody() -> None:
     stage = Stage()
     async with stage.started():

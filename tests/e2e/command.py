@@ -40,8 +40,8 @@ def run(
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def run_json(*arguments: str | Path) -> Any:
-    result = run(*arguments, "--format", "json")
+def run_json(*arguments: str | Path, timeout_seconds: float = START_TIMEOUT_SECONDS) -> Any:
+    result = run(*arguments, "--format", "json", timeout_seconds=timeout_seconds)
     assert result.code == 0, result.stderr
     return json.loads(result.stdout)
 

@@ -11,7 +11,7 @@ def exchange(*arrivals: float) -> Exchange:
 
 
 def injected(at: float, recovered: float, fault: Fault = Fault.KILL_EXPERT) -> Injected:
-    return Injected(fault, "expert-0-0", at, recovered)
+    return Injected(fault, "expert-0-0", at, at, recovered)
 
 
 def test_the_gap_around_a_fault_is_its_stall():

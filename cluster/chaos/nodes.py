@@ -1,0 +1,92 @@
+"""Several nodes of a Ray cluster on this machine, that is several raylets, and their end.
+
+Each node is a raylet with all that it started. The first one is that of the command itself.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.ray_session import OBJECT_STORE_BYTES, prepare_environment
+
+# Of each node, so that any one of them has room for what the others had; each actor that computes
+# takes one, and Ray starts that many workers ahead.
+NODE_CORES = 8
+
+
+class LocalNodes:
+    def __init__(self, cluster: Any) -> None:
+        self._cluster = cluster
+        self.address: str = cluster.address
+
+    def kill(self, node_id: str) -> None:
+        """The raylet; its workers end with it."""
+        os.kill(self._raylet(node_id), signal.SIGKILL)
+
+    def freeze(self, node_id: str) -> list[int]:
+        """Every process of it: connections stay open, and nobody answers. Returns which."""
+        pids = list(process_tree(self._raylet(node_id)))
+        for pid in pids:
+            send(pid, signal.SIGSTOP)
+        return pids
+
+    def replace(self, node_id: str) -> None:
+        """End what is left of it; another node joins. Blocks."""
+        self._cluster.remove_node(self._node(node_id), allow_graceful=False)
+        self.add()
+
+    def add(self) -> None:
+        self._cluster.add_node(num_cpus=NODE_CORES, object_store_memory=OBJECT_STORE_BYTES)
+
+    def _node(self, node_id: str) -> Any:
+        return next(node for node in self._cluster.worker_nodes if node.node_id == node_id)
+
+    def _raylet(self, node_id: str) -> int:
+        [raylet] = self._node(node_id).all_processes["raylet"]
+        pid: int = raylet.process.pid
+        return pid
+
+
+@contextmanager
+def local_nodes(num_nodes: int) -> Iterator[LocalNodes]:
+    prepare_environment()
+    from ray.cluster_utils import Cluster
+
+    head = {
+        "num_cpus": NODE_CORES,
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+    }
+    cluster: Any = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        nodes = LocalNodes(cluster)
+        for _ in range(num_nodes - 1):
+            nodes.add()
+        yield nodes
+    finally:
+        cluster.shutdown()
+
+
+def process_tree(root: int) -> Iterator[int]:
+    """The process, then what it started, and so on."""
+    yield root
+    for child in children(root):
+        yield from process_tree(child)
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                found += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it may have died meanwhile
+        os.kill(pid, number)
