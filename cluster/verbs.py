@@ -215,10 +215,26 @@ def _train(parsed: Arguments) -> None:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_subparsers(dest="what", required=True, metavar="serve|model|fp8|kv")
+    what = parser.add_subparsers(dest="what", required=True, metavar="serve|dispatch|model|fp8|kv")
     words = "a deployment against one process, batch 32"
     serve = what.add_parser("serve", help=words, description=words)
     serve.add_argument("--pairs", type=positive, default=5, metavar="N", help="runs of each side")
+    words = "a layer crossing against bare gRPC, micro-batches, replicas"
+    dispatch = what.add_parser("dispatch", help=words, description=words)
+    dispatch.add_argument(
+        "--part",
+        action="append",
+        choices=("hop", "overlap", "emulated-overlap", "replicas"),
+        help="this one alone; may be given again",
+    )
+    dispatch.add_argument("--quick", action="store_true", help="few steps: to see that it works")
+    dispatch.add_argument(
+        "--gigabytes-per-second",
+        type=seconds,
+        default=2.0,
+        metavar="N",
+        help="of weights, that emulated replicas read",
+    )
     words = "the forward pass against transformers'"
     model = what.add_parser("model", help=words, description=words)
     model.add_argument("--steps", type=positive, default=20, metavar="N", help="timed, of each")
@@ -237,7 +253,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     kv.add_argument("--quick", action="store_true", help="short sessions, few repetitions")
     kv.add_argument("--plot", type=Path, metavar="FILE", help="write the curves as SVG or PNG")
-    for each in (serve, model, fp8, kv):
+    for each in (serve, dispatch, model, fp8, kv):
         add_format_flag(each)
 
 
@@ -246,6 +262,16 @@ def _bench(parsed: Arguments) -> None:
         from cluster.bench_serve import bench_serve
 
         bench_serve(num_pairs=parsed.pairs, as_json=wants_json(parsed))
+    elif parsed.what == "dispatch":
+        from cluster.bench_dispatch.bench import PARTS as DISPATCH_PARTS
+        from cluster.bench_dispatch.bench import bench_dispatch
+
+        bench_dispatch(
+            parsed.part or DISPATCH_PARTS,
+            gigabytes_per_second=parsed.gigabytes_per_second,
+            quick=parsed.quick,
+            as_json=wants_json(parsed),
+        )
     elif parsed.what == "kv":
         from cluster.bench_kv.bench import PARTS, bench_kv
 

@@ -26,7 +26,7 @@ from model1.config import ModelConfig
 from model1.errors import ModelError
 from model1.kv_pool import KVPool
 from model1.model import Model
-from model1.moe import ExpertBank
+from model1.moe import ExpertBank, ExpertCall
 from model1.trunk import Trunk
 
 CHUNK_TOKENS = 512
@@ -83,6 +83,19 @@ def write_random_checkpoint(directory: Path, config: ModelConfig = MINI, seed: i
         first = torch.randint(config.n_routed_experts, (rows, 1), generator=draw)
         table.copy_((first + torch.arange(k)) % config.n_routed_experts)
     save_checkpoint(directory, config, trunk, experts, torch.bfloat16)
+
+
+def random_call(config: ModelConfig, num_rows: int, seed: int = 0) -> ExpertCall:
+    """bfloat16 rows of layer 0, for different experts each, all of them equally likely."""
+    draw = torch.Generator().manual_seed(seed)
+    k = config.num_experts_per_tok
+    scores = torch.rand(num_rows, config.n_routed_experts, generator=draw)
+    return ExpertCall(
+        layer=0,
+        rows=torch.randn(num_rows, config.hidden_size, generator=draw).to(torch.bfloat16),
+        expert_ids=scores.topk(k).indices.sort(dim=-1).values.to(torch.int32),
+        weights=torch.full((num_rows, k), 1 / k),
+    )
 
 
 @dataclass(frozen=True, slots=True)

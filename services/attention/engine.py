@@ -20,6 +20,7 @@ from model1.kv_pool import KVPool
 from model1.trunk import Trunk
 from services.attention.block_store import BlockStore
 from services.attention.kv_cache import KvCache, KvCacheConfig
+from services.attention.overlap import OverlapPolicy
 from services.attention.request_kv import RequestKv
 from services.attention.runner import Experts, StepRunner
 from services.attention.scheduler import Scheduler, SchedulerLimits, Slice
@@ -49,8 +50,6 @@ class EngineConfig:
     kv: KvCacheConfig = field(default_factory=KvCacheConfig)
     # A whole layer crossing; a hung router must not hold KV for ever.
     crossing_timeout_s: float = 60.0
-    # A step as one batch or as two micro-batches; None: what turns out to be faster.
-    micro_batches: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -77,8 +76,12 @@ class Engine:
         *,
         store: BlockStore | None = None,
         model_digest: bytes = bytes(DIGEST_BYTES),
+        overlap: OverlapPolicy | None = None,
     ) -> None:
-        """Takes over the pool; the store, in which `model_digest` tells models apart, is lent."""
+        """Takes over the pool; the store, in which `model_digest` tells models apart, is lent.
+
+        `overlap` splits steps in two; the usual one does what turns out to be faster.
+        """
         limits, capacity = config.limits, pool.capacity
         if limits.max_batch_tokens > capacity.max_step_tokens:
             raise ValueError(
@@ -96,7 +99,7 @@ class Engine:
             experts,
             self._counters,
             crossing_timeout_s=config.crossing_timeout_s,
-            micro_batches=config.micro_batches,
+            overlap=overlap,
         )
         self._wake = asyncio.Event()
         self._kv = KvCache(

@@ -90,7 +90,7 @@ class RoutedExperts:
         loop = asyncio.get_running_loop()
         self._last_call_id += 1
         call_id = self._last_call_id
-        message = wire.encode_layer_rows(call_id, _layer_rows(call), timeout_seconds)
+        message = wire.encode_layer_rows(call_id, layer_rows(call), timeout_seconds)
         sums: asyncio.Future[Tensor] = loop.create_future()
         sums.add_done_callback(partial(self._ended, call_id))
         deadline = loop.time() + timeout_seconds
@@ -166,7 +166,7 @@ class RoutedExperts:
         self._last_break = reason
 
 
-def _layer_rows(call: ExpertCall) -> LayerRows:
+def layer_rows(call: ExpertCall) -> LayerRows:
     rows = call.rows.detach().cpu().contiguous()
     # numpy has no bfloat16: its words travel as uint16.
     words = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows

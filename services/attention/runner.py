@@ -65,15 +65,14 @@ class StepRunner:
         counters: Counters,
         *,
         crossing_timeout_s: float,
-        micro_batches: int | None = None,
+        overlap: OverlapPolicy | None = None,
     ) -> None:
-        """`micro_batches` is 1 or 2, or None: what turns out to be faster."""
         self._trunk = trunk
         self._pool = pool
         self._experts = experts
         self._counters = counters
         self._crossing_timeout_s = crossing_timeout_s
-        self.overlap = OverlapPolicy(micro_batches)
+        self.overlap = overlap or OverlapPolicy()
 
     async def run(
         self, slices: Sequence[Slice[RequestKv]], deadline_s: float | None

@@ -14,6 +14,7 @@ from model1.kv_pool import KVPool
 from model1.moe import ExpertCall
 from services.attention.engine import Engine, EngineConfig
 from services.attention.local import LocalExperts
+from services.attention.overlap import OverlapPolicy
 from services.attention.scheduler import SchedulerLimits
 from services.attention.stream import TokenStream
 from services.errors import (
@@ -64,10 +65,11 @@ async def running_engine(
     micro_batches: int | None = None,
 ) -> AsyncIterator[Engine]:
     """Checks pool and scheduler when the engine is idle at the end."""
-    config = EngineConfig(
-        limits=limits, crossing_timeout_s=crossing_timeout_s, micro_batches=micro_batches
+    config = EngineConfig(limits=limits, crossing_timeout_s=crossing_timeout_s)
+    overlap = OverlapPolicy(micro_batches)
+    engine = Engine(
+        tiny_model.model().trunk, pool or tiny_model.pool(), experts, config, overlap=overlap
     )
-    engine = Engine(tiny_model.model().trunk, pool or tiny_model.pool(), experts, config)
     running = asyncio.create_task(engine.run())
     try:
         yield engine

@@ -170,8 +170,13 @@ async def logits_of_mixed_traffic(
     monkeypatch.setattr(runner, "_draw", recorded)
     experts, pool = LateExperts(seed=3), tiny_model.pool()
     limits = SchedulerLimits(max_batch_tokens=24, max_sequences=6, max_waiting=32)
-    config = EngineConfig(limits=limits, micro_batches=micro_batches)
-    engine = Engine(tiny_model.model().trunk, pool, experts, config)
+    engine = Engine(
+        tiny_model.model().trunk,
+        pool,
+        experts,
+        EngineConfig(limits=limits),
+        overlap=OverlapPolicy(micro_batches),
+    )
     running = asyncio.create_task(engine.run())
     answers: dict[str, list[int]] = {}
 
@@ -250,7 +255,8 @@ async def test_a_step_that_fails_takes_back_what_is_away(monkeypatch: pytest.Mon
         tiny_model.model().trunk,
         pool,
         OneFails(),
-        EngineConfig(limits=SchedulerLimits(max_batch_tokens=24, max_sequences=6), micro_batches=2),
+        EngineConfig(limits=SchedulerLimits(max_batch_tokens=24, max_sequences=6)),
+        overlap=OverlapPolicy(2),
     )
     asked = [
         GenerationRequest(
