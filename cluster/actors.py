@@ -9,7 +9,6 @@ import asyncio
 import logging
 import os
 import sys
-import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from cluster.members import (
     Process,
     Snapshot,
 )
+from cluster.priority import let_others_go_first, serve_first
 from cluster.ray_session import Hosts
 from cluster.roles import Place, Serve, Serving, load_role
 from cluster.supervisor import Patience, Supervisor
@@ -51,8 +51,6 @@ log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-# Of a process that loads beside those who serve: it gets a tenth of a contended core.
-GENTLE_NICENESS = 10
 # Between two questions to a process that Ray cannot reach and does not know to be dead.
 CUT_OFF_RETRY_SECONDS = 0.5
 
@@ -124,6 +122,7 @@ class SupervisorProcess:
         lifetime: Lifetime = ends_with_us,
     ) -> None:
         log_to_stderr()
+        serve_first()
         own_handle = SupervisorHandle(ray.get_runtime_context().current_actor)
         cluster = settings.cluster
         machines = RayMachines(hosts, cluster.slot_timeout_seconds)
@@ -273,8 +272,10 @@ class RoleProcess:
         load = partial(
             load_role, self._spec, self._settings, place=self._place, supervisor=self._supervisor
         )
-        # A thread of its own, since its priority cannot be raised again.
-        initializer = _let_others_go_first if gently else None
+        if not gently:
+            serve_first()
+        # A thread of its own, since its priority may not be raised again.
+        initializer = let_others_go_first if gently else None
         with (
             _one_line_failures(self._spec.name),
             ThreadPoolExecutor(1, initializer=initializer) as thread,
@@ -284,6 +285,7 @@ class RoleProcess:
     async def serve(self, peers: Peers) -> Listening:
         assert self._serve is not None, "load comes first"
         with _one_line_failures(self._spec.name):
+            serve_first()
             self._serving = await self._serve(peers)
             self._epoch = peers.epoch
         return self._serving.listening
@@ -315,13 +317,6 @@ class RoleProcess:
     async def stop(self, grace_seconds: float) -> None:
         if self._serving:
             await self._serving.stop(grace_seconds)
-
-
-def _let_others_go_first() -> None:
-    """Of this thread alone: on Linux each has its own niceness. Importing torch takes a core for
-    seconds, and those who serve need that core for each token."""
-    nice = os.getpriority(os.PRIO_PROCESS, 0)
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(nice + GENTLE_NICENESS, 19))
 
 
 def _own_process() -> Process:

@@ -15,13 +15,15 @@ log = logging.getLogger(__name__)
 
 # Questions to each process in the time after which a silent node is lost.
 NUM_QUESTIONS = 10
-# The supervisor's own: while that one is away there is nobody to notice.
-OWN_NODE = 0
 
 
 class Heartbeat:
-    def __init__(self, roster: Roster, machines: Machines, timeout_seconds: float) -> None:
+    def __init__(
+        self, roster: Roster, machines: Machines, own_node_id: str, timeout_seconds: float
+    ) -> None:
+        """`own_node_id` is the supervisor's: while that one is away there is nobody to notice."""
         self._roster = roster
+        self._own_node_id = own_node_id
         self._machines = machines
         self._timeout_seconds = timeout_seconds
         self._heard: dict[int, float] = {}  # by node, on the loop's clock
@@ -43,7 +45,8 @@ class Heartbeat:
         nodes = set()
         for member in self._roster.members:
             spec = member.spec
-            if spec.node == OWN_NODE or member.state is not MemberState.READY:
+            is_here = member.process.node_id == self._own_node_id
+            if is_here or member.state is not MemberState.READY:
                 continue
             nodes.add(spec.node)
             self._heard.setdefault(spec.node, now)  # the silence of a new one begins now

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterSettings
+from cluster.priority import start_niceness
 from cluster.roles import Place
 from cluster.runtime_dir import LENGTH as RUNTIME_DIR_LENGTH
 from cluster.runtime_dir import runtime_dir
@@ -184,7 +185,7 @@ def prepare_environment() -> None:
         # Ray would hide the GPUs from actors that reserve none; ours share what there is.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Ray's default is 15: serving would yield to anything else that runs on the machine.
-        "RAY_worker_niceness": "0",
+        "RAY_worker_niceness": str(start_niceness()),
         **COMPUTE_ENVIRONMENT,
     }.items():
         os.environ.setdefault(name, value)

@@ -52,7 +52,9 @@ class Supervisor:
         self._keeper = Keeper(
             self._roster, machines, patience.restarts, start_timeout_seconds=patience.start_seconds
         )
-        self._heartbeat = Heartbeat(self._roster, machines, patience.node_seconds)
+        self._heartbeat = Heartbeat(
+            self._roster, machines, own_process.node_id, patience.node_seconds
+        )
         self.changes = Changes(
             self._roster,
             self._keeper,

@@ -21,7 +21,7 @@ from cluster.supervisor import Patience, Supervisor
 from cluster.topology import ActorSpec, Role, Room, Topology, plan_topology
 from protos.control_pb2 import RoleStats
 
-OWN_PROCESS = Process(1, "node")
+OWN_PROCESS = Process(1, "node-0")
 REDIS = Redis("redis://here:1", "hush")
 TOPOLOGY = plan_topology(
     TopologySettings(attention_workers=2, expert_groups=2, expert_replicas=2),
