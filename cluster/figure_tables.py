@@ -51,7 +51,7 @@ def autoscale_table(autoscaled: Sequence[control_pb2.Autoscaled]) -> str:
 def _gateways(gateways: Sequence[GatewayFigures]) -> str:
     return text_table(
         (
-            *("gateway", "active", "req/s", "tok/s", "first token", "finished", "cancelled"),
+            *("gateway", "active", "req/s", "tok/s", "1st token", "finished", "cancelled"),
             *("rejected", "failed", "waited", "moved"),
         ),
         [
@@ -76,8 +76,8 @@ def _gateways(gateways: Sequence[GatewayFigures]) -> str:
 def _workers(workers: Sequence[WorkerFigures]) -> str:
     return text_table(
         (
-            *("attention", "run", "wait", "tok/s", "in steps", "full", "queue", "first token"),
-            *("step", "crossing"),
+            *("attention", "run", "wait", "tok/s", "busy", "full", "overlap", "queue"),
+            *("1st token", "step", "crossing"),
         ),
         [
             (
@@ -87,6 +87,7 @@ def _workers(workers: Sequence[WorkerFigures]) -> str:
                 _number(each.tokens_per_second),
                 _percent(each.in_steps_share),
                 _percent(each.filled_share),
+                _percent(each.overlapped_share),
                 _latency(each.queue),
                 _latency(each.first_token),
                 _latency(each.step),
@@ -101,7 +102,7 @@ def _routers(routers: Sequence[RouterFigures]) -> str:
     return text_table(
         (
             *("router", "cross/s", "answer", "resent", "hedged", "won", "probes", "breaks"),
-            *("wrong", "suspect", "waiting", "failed"),
+            *("late", "wrong", "suspect", "wait", "failed"),
         ),
         [
             (
@@ -113,6 +114,7 @@ def _routers(routers: Sequence[RouterFigures]) -> str:
                 each.hedges_won,
                 each.probe_parts,
                 each.breaks,
+                each.overdue_calls,
                 each.wrong_answers,
                 each.suspects,
                 each.waiting_crossings,
@@ -152,7 +154,13 @@ def _experts(load: ExpertLoad) -> str:
 
 
 def _latency(latency: Latency | None) -> str:
-    return "-" if latency is None else f"{_duration(latency.p50)}/{_duration(latency.p99)}"
+    """4.0/9.6ms; the unit is said twice only where it differs."""
+    if latency is None:
+        return "-"
+    p50, p99 = _duration(latency.p50), _duration(latency.p99)
+    unit = p99.lstrip("0123456789.")
+    same_unit = p50.lstrip("0123456789.") == unit
+    return f"{p50.removesuffix(unit) if same_unit else p50}/{p99}"
 
 
 def _duration(seconds: float) -> str:

@@ -60,6 +60,7 @@ class WorkerFigures:
     queue: Latency | None  # from acceptance to the first step
     first_token: Latency | None  # from acceptance
     step: Latency | None
+    overlapped_share: float | None  # of the steps: those that ran as two micro-batches
     crossing: Latency | None  # of a layer: rows to the router, their sum back
     crossing_wait: Latency | None  # the part of it without anything to compute
 
@@ -76,6 +77,7 @@ class RouterFigures:
     hedges_won: int
     probe_parts: int
     breaks: int  # of streams to the replicas of now
+    overdue_calls: int
     wrong_answers: int
     suspects: int  # replicas that are passed over now
     waiting_crossings: int  # now, for a replica that takes their rows
@@ -171,6 +173,9 @@ def _worker(name: str, window: Window) -> WorkerFigures:
         queue=Latency.of(window.histogram(lambda stats: stats.attention.queue_seconds)),
         first_token=Latency.of(window.histogram(lambda stats: stats.attention.first_token_seconds)),
         step=Latency.of(window.histogram(lambda stats: stats.attention.step_seconds)),
+        overlapped_share=window.count(lambda stats: stats.attention.overlapped_steps) / steps
+        if (steps := window.count(lambda stats: stats.attention.steps))
+        else None,
         crossing=Latency.of(window.histogram(lambda stats: stats.attention.crossing_seconds)),
         crossing_wait=Latency.of(
             window.histogram(lambda stats: stats.attention.crossing_wait_seconds)
@@ -189,6 +194,7 @@ def _router(name: str, window: Window) -> RouterFigures:
         hedges_won=now.hedges_won,
         probe_parts=now.probe_parts,
         breaks=sum(link.breaks for link in now.replicas),
+        overdue_calls=sum(link.overdue_calls for link in now.replicas),
         wrong_answers=sum(link.wrong_answers for link in now.replicas),
         suspects=sum(link.suspect for link in now.replicas),
         waiting_crossings=now.calls_waiting,

@@ -79,7 +79,7 @@ class RouterStatsResponse(_message.Message):
     def __init__(self, router: _Optional[str] = ..., epoch: _Optional[int] = ..., calls: _Optional[int] = ..., rows: _Optional[int] = ..., failed_calls: _Optional[int] = ..., resent_parts: _Optional[int] = ..., calls_under_way: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[RouterReplicaStats, _Mapping]]] = ..., calls_waiting: _Optional[int] = ..., hedged_parts: _Optional[int] = ..., hedges_won: _Optional[int] = ..., probe_parts: _Optional[int] = ..., expert_pairs: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RouterReplicaStats(_message.Message):
-    __slots__ = ("address", "connected", "calls", "pairs", "outstanding_pairs", "breaks", "suspect", "slowness", "wrong_answers", "answer_seconds")
+    __slots__ = ("address", "connected", "calls", "pairs", "outstanding_pairs", "breaks", "suspect", "slowness", "wrong_answers", "answer_seconds", "overdue_calls")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
     CALLS_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +90,7 @@ class RouterReplicaStats(_message.Message):
     SLOWNESS_FIELD_NUMBER: _ClassVar[int]
     WRONG_ANSWERS_FIELD_NUMBER: _ClassVar[int]
     ANSWER_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    OVERDUE_CALLS_FIELD_NUMBER: _ClassVar[int]
     address: str
     connected: bool
     calls: int
@@ -100,4 +101,5 @@ class RouterReplicaStats(_message.Message):
     slowness: float
     wrong_answers: int
     answer_seconds: _histogram_pb2.Histogram
-    def __init__(self, address: _Optional[str] = ..., connected: _Optional[bool] = ..., calls: _Optional[int] = ..., pairs: _Optional[int] = ..., outstanding_pairs: _Optional[int] = ..., breaks: _Optional[int] = ..., suspect: _Optional[bool] = ..., slowness: _Optional[float] = ..., wrong_answers: _Optional[int] = ..., answer_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ...) -> None: ...
+    overdue_calls: int
+    def __init__(self, address: _Optional[str] = ..., connected: _Optional[bool] = ..., calls: _Optional[int] = ..., pairs: _Optional[int] = ..., outstanding_pairs: _Optional[int] = ..., breaks: _Optional[int] = ..., suspect: _Optional[bool] = ..., slowness: _Optional[float] = ..., wrong_answers: _Optional[int] = ..., answer_seconds: _Optional[_Union[_histogram_pb2.Histogram, _Mapping]] = ..., overdue_calls: _Optional[int] = ...) -> None: ...

@@ -121,6 +121,11 @@ _LINK: tuple[Family[router_pb2.RouterReplicaStats], ...] = (
         lambda link: link.breaks,
     ),
     counter(
+        "model1_router_replica_overdue_calls_total",
+        "Calls without an answer when there should have been one; it is suspect until it answers.",
+        lambda link: link.overdue_calls,
+    ),
+    counter(
         "model1_router_replica_wrong_answers_total",
         "Answers of a wrong shape or checksum.",
         lambda link: link.wrong_answers,

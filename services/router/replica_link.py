@@ -77,6 +77,7 @@ class ReplicaLink:
         self.outstanding_pairs = 0  # also of calls that nobody waits for: it computes them too
         self.breaks = 0
         self.wrong_answers = 0
+        self.overdue_calls = 0  # not answered within their patience, whatever came later
         self.answers = Histogram()  # what they took, also those that nobody waited for any more
         self.heard_at = 0.0  # when it answered last
         self._times = times

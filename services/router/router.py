@@ -217,6 +217,7 @@ class Router:
         if sent is None:
             return
         now = asyncio.get_running_loop().time()
+        part.link.overdue_calls += due == sent.due  # else it is not the first look
         next_look_at = now + sent.patience_seconds
         crossing.call_at(next_look_at, self._overdue, part, next_look_at)
         is_lost = (

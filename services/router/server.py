@@ -156,6 +156,7 @@ def router_stats(router: Router) -> router_pb2.RouterStatsResponse:
                 slowness=link.slowness,
                 wrong_answers=link.wrong_answers,
                 answer_seconds=link.answers.to_wire(),
+                overdue_calls=link.overdue_calls,
             )
             for link in router.links
         ],

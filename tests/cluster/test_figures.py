@@ -51,12 +51,22 @@ def deployment(scale: int) -> list[Member]:
         expert_pairs=[60 * scale, 0, 30 * scale, 10 * scale],
         replicas=[
             link("host:00", times(*[0.004] * scale), slowness=1.0),
-            link("host:10", times(*[0.04] * scale), slowness=7.0, suspect=True, breaks=2),
+            link(
+                "host:10",
+                times(*[0.04] * scale),
+                slowness=7.0,
+                suspect=True,
+                breaks=2,
+                overdue_calls=5,
+            ),
         ],
     )
+    router.replicas[1].overdue_calls = 5
     worker = AttentionStatsResponse(
         running_sequences=2,
         completion_tokens=50 * scale,
+        steps=10 * scale,
+        overlapped_steps=4 * scale,
         filled_seconds=4.0 * scale,
         step_seconds=times(*[0.9] * 10 * scale).to_wire(),
     )
@@ -87,11 +97,13 @@ def test_rates_and_times_are_those_of_the_last_window(before: list[int]) -> None
     assert worker.tokens_per_second == 5
     assert worker.in_steps_share == pytest.approx(0.9)
     assert worker.filled_share == pytest.approx(0.4)
+    assert worker.overlapped_share == 0.4
     assert worker.step is not None
     assert 0.7 <= worker.step.p50 <= worker.step.p99 <= 1
     assert router.crossings_per_second == 2
     assert (router.resent_parts, router.hedged_parts, router.hedges_won) == (3, 2, 1)
     assert (router.breaks, router.suspects, router.waiting_crossings) == (2, 1, 4)
+    assert (router.overdue_calls, router.wrong_answers, router.failed_crossings) == (5, 0, 0)
     first, second = told.replicas
     assert (first.busy_share, second.busy_share) == (0.1, 0.5)
     assert first.answer is not None
@@ -129,7 +141,7 @@ def test_tables_fit_a_terminal_of_a_hundred_columns() -> None:
     assert "hottest of 4 experts: 0 (60.0%), 2 (30.0%), 3 (10.0%)" in text
     assert "0.83" in text
     row = next(line for line in text.splitlines() if line.startswith("expert-1-0"))
-    assert row.split()[1:4] == ["1", "50%", "4.0"]
+    assert row.split()[1:5] == ["1", "50%", "4.0", "1.8/2.0ms"]
 
 
 def test_what_scales_by_itself_is_told_with_its_last_reason() -> None:

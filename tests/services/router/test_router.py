@@ -137,6 +137,7 @@ async def test_calls_under_way_on_a_frozen_replica_are_hedged(
                 assert torch.equal(await sums, plane.expected(call))
             assert frozen.is_suspect(asyncio.get_running_loop().time())
             assert router.counters.hedges_won >= 1
+            assert frozen.overdue_calls >= 1
             # Nobody else has to wait for it.
             calls_before = frozen.calls
             for seed in range(20):
@@ -535,6 +536,7 @@ async def test_stats_report_table_load_and_replicas(tmp_path: Path) -> None:
         assert all(replica.connected for replica in stats.replicas)
         assert not any(replica.suspect for replica in stats.replicas)
         assert (stats.calls_waiting, stats.hedged_parts, stats.hedges_won) == (0, 0, 0)
+        assert [sum(replica.answer_seconds.counts) for replica in stats.replicas] == [1, 1]
         asked_for = torch.bincount(random_call(5).expert_ids.reshape(-1), minlength=8)
         assert list(stats.expert_pairs) == asked_for.tolist()
 
