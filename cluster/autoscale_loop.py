@@ -63,7 +63,10 @@ class AutoscaleLoop:
         """For as long as the deployment serves."""
         while True:
             await asyncio.sleep(self._settings.interval_seconds)
-            await self.look()
+            try:
+                await self.look()
+            except DeploymentError as error:  # of one report that nobody could make
+                log.warning("autoscale_saw_nothing why=%s", error)
 
     async def look(self) -> None:
         """At everybody's report, and change what is to be changed."""
@@ -72,7 +75,8 @@ class AutoscaleLoop:
         readings = {name: Reading(m.process.pid, m.stats) for name, m in members.items()}
         windows = self._windows.until(readings)
         for scaled in self._scaled:
-            current = self._current(scaled)
+            if not (current := self._current(scaled)):
+                continue  # none was ever asked for yet
             scaled.sample = self._sample(scaled, list(members.values()), windows)
             scaled.desired = scaled.policy.decide(current, scaled.sample)
             if scaled.desired != current:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from cluster.access import Access
-from cluster.client import Client, Unreachable, connected
+from cluster.client import Client, RequestFailed, Unreachable, connected
 from cluster.config import SettingsError
 from cluster.figure_tables import autoscale_table, figure_tables
 from cluster.figures import Figures, figures
@@ -69,7 +69,7 @@ async def top(
     """Until the reader has enough of it; once: a single look, over one interval. Raises
     `Unreachable` if nobody answers at the start; later on it waits for the gateway."""
     is_live = sys.stdout.isatty() and not once and not as_json
-    show = _show_in_place if is_live else _show_in_turn
+    show = show_in_place if is_live else _show_in_turn
     clock = asyncio.get_running_loop().time
     async with connected(access) as client:
         windows = Windows()
@@ -82,10 +82,13 @@ async def top(
                 await asyncio.sleep(interval_seconds)
                 try:
                     look = await _look(client, windows)
-                except Unreachable as error:
+                except (Unreachable, RequestFailed) as error:
                     if once:
                         raise
-                    print(error, file=sys.stderr)
+                    if is_live:
+                        show(str(error))
+                    else:
+                        print(error, file=sys.stderr, flush=True)
                     continue
                 if load is not None:
                     load.measured(look.figures.requests_per_second, clock())
@@ -167,8 +170,8 @@ def _show_in_turn(text: str) -> None:
     print(text, flush=True)
 
 
-def _show_in_place(text: str) -> None:
-    """As much of it as the terminal has room for, over what was there."""
+def show_in_place(text: str) -> None:
+    """As much of it as the terminal has room for, over what was there before."""
     columns, rows = shutil.get_terminal_size()
     lines = [line[:columns] for line in text.splitlines()[: rows - 1]]
     print(

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from cluster.autoscale_loop import AutoscaleLoop
-from cluster.config import AutoscaleSettings, ExpertScalingLimits, ScalingLimits
+from cluster.config import AutoscaleSettings, ExpertScalingLimits, ScalingLimits, TopologySettings
 from cluster.members import ChangeRefused
 from cluster.supervisor import Supervisor
-from cluster.topology import Role, Room
+from cluster.topology import Role, Room, empty_topology
 from protos.attention_pb2 import AttentionStatsResponse
 from protos.control_pb2 import Autoscaled, RoleStats
 from protos.expert_pb2 import ExpertStatsResponse
@@ -170,6 +170,17 @@ async def test_a_deployment_outside_the_limits_is_brought_inside() -> None:
     settings = SETTINGS.model_copy(update={"experts": experts})
     async with scaling(settings) as load:
         assert (load.replicas(0), load.replicas(1)) == (3, 3)
+
+
+async def test_where_nobody_was_asked_for_yet_nobody_is_started() -> None:
+    empty = empty_topology(TopologySettings(expert_groups=2), num_experts=4)
+    supervisor = Stage(topology=empty, autoscale=SETTINGS).supervisor()
+    await supervisor.take_over([])
+    assert supervisor.autoscaling is not None
+    for _ in range(3):
+        await supervisor.autoscaling.look()
+    assert (await supervisor.snapshot()).members == ()
+    await supervisor.stop()
 
 
 async def test_nobody_scales_by_hand_beyond_the_limits() -> None:

@@ -9,7 +9,7 @@ from cluster.access import Access
 from cluster.client import Unreachable
 from cluster.config import SettingsError
 from cluster.plan.load_curves import read_curve
-from cluster.top import recording, top
+from cluster.top import recording, show_in_place, top
 
 
 def test_a_recorded_load_is_what_the_plan_reads(tmp_path: Path) -> None:
@@ -47,3 +47,12 @@ def test_nobody_at_the_endpoint_is_said_at_once_and_nothing_is_recorded(tmp_path
             top(Access("127.0.0.1:9"), interval_seconds=1, once=True, as_json=False, record=file)
         )
     assert not file.exists()
+
+
+def test_a_look_takes_the_place_of_the_last_and_no_more_than_the_terminal_has(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "5")
+    monkeypatch.setenv("LINES", "4")
+    show_in_place("a line\nanother\n\nlast\nnever seen")
+    assert capsys.readouterr().out == "\x1b[Ha lin\x1b[K\nanoth\x1b[K\n\x1b[K\n\x1b[J"
