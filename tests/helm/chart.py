@@ -43,15 +43,16 @@ def template(*sets: str, values: Sequence[Path] = ()) -> Done:
 
 
 @cache
-def _rendered(sets: tuple[str, ...], values: tuple[Path, ...]) -> str:
+def rendered(sets: tuple[str, ...], values: tuple[Path, ...]) -> str:
+    """The text of it. Raises if helm does."""
     done = template(*sets, values=values)
     assert done.code == 0, done.stderr
     return done.stdout
 
 
 def render(*sets: str, values: Sequence[Path] = ()) -> list[Manifest]:
-    """All objects, in helm's order. Raises if helm does."""
-    text = _rendered(sets, tuple(values))
+    """All objects, in helm's order."""
+    text = rendered(sets, tuple(values))
     return [each for each in yaml.load_all(text, Loader=yaml.CSafeLoader) if each is not None]
 
 

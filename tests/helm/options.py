@@ -1,10 +1,19 @@
 """Combinations of values that people have, each as KEY=JSON: every branch of every template."""
 
+from pathlib import Path
+
+from tests.helm.chart import VALUES_FILES
+
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "tls from a secret": ("tls.enabled=true", 'tls.secretName="certs"'),
+    "tls from a secret": (
+        "tls.enabled=true",
+        'tls.secretName="certs"',
+        'redis.url="rediss://cache.example:6380"',
+    ),
     "tls from cert-manager, clients too": (
         "tls.enabled=true",
         "tls.requireClientCertificate=true",
+        "redis.coldTier=false",
         "tls.certManager.enabled=true",
         'tls.certManager.issuerRef.name="ca"',
         'tls.certManager.dnsNames=["model1.example"]',
@@ -15,6 +24,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "auth.tokens.enabled=true",
         'auth.tokens.secretName="clients"',
         "tls.enabled=true",
+        "redis.coldTier=false",
         'tls.secretName="certs"',
     ),
     "every secret brought along": ('auth.secretName="mine"', 'redis.passwordSecret.name="cache"'),
@@ -65,6 +75,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         'settings.model.device="cuda"',
         'settings.model.dtype="bfloat16"',
     ),
+    "scaling by itself": (
+        "settings.autoscale.enabled=true",
+        "settings.autoscale.experts.busyShare=0.5",
+        "attention.group.max=8",
+    ),
     "no autoscaler, no second cluster": (
         "autoscaler.enabled=false",
         'upgrade.strategy="None"',
@@ -88,4 +103,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         'extraEnv=[{"name": "NO_PROXY", "value": "*"}]',
         'fullnameOverride="inference"',
     ),
+}
+
+# Everything that tests render: options and values files, by name.
+CASES: dict[str, tuple[tuple[str, ...], tuple[Path, ...]]] = {
+    "the chart's own values": ((), ()),
+    **{file.stem: ((), (file,)) for file in VALUES_FILES},
+    **{name: (sets, ()) for name, sets in OPTIONS.items()},
 }

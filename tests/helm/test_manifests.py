@@ -7,18 +7,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.helm.chart import VALUES_FILES, find, render
-from tests.helm.options import OPTIONS
+from tests.helm.chart import find, render
+from tests.helm.options import CASES
 from tests.helm.schemas import WITHOUT_SCHEMA, Invalid, validate
 
-ALL: dict[str, tuple[tuple[str, ...], tuple[Path, ...]]] = {
-    "the chart's own values": ((), ()),
-    **{file.stem: ((), (file,)) for file in VALUES_FILES},
-    **{name: (sets, ()) for name, sets in OPTIONS.items()},
-}
 
-
-@pytest.mark.parametrize(("sets", "values"), ALL.values(), ids=ALL.keys())
+@pytest.mark.parametrize(("sets", "values"), CASES.values(), ids=CASES.keys())
 def test_every_object_is_valid(sets: tuple[str, ...], values: tuple[Path, ...]) -> None:
     manifests = render(*sets, values=values)
     # Last, as the test skips where their schema is not there.
@@ -29,7 +23,7 @@ def test_every_object_is_valid(sets: tuple[str, ...], values: tuple[Path, ...]) 
 def test_only_kinds_of_other_operators_have_no_schema() -> None:
     seen = {
         (manifest["apiVersion"], manifest["kind"])
-        for sets, values in ALL.values()
+        for sets, values in CASES.values()
         for manifest in render(*sets, values=values)
     }
     native = {"v1", "apps/v1", "policy/v1", "networking.k8s.io/v1", "ray.io/v1"}

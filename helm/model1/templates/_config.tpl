@@ -1,14 +1,6 @@
-{{/* The runtime config: values' `settings`, and what follows from the rest of the values. Keys of
-values are camelCase, those of the program snake_case; what is null is the program's default. */}}
+{{/* The runtime config: values' `settings`, and what follows from the rest of the values. */}}
 {{- define "model1.config" -}}
-{{- $config := dict -}}
-{{- range $section, $keys := .Values.settings -}}
-{{- $own := dict -}}
-{{- range $key, $value := $keys -}}
-{{- if not (kindIs "invalid" $value) -}}{{- $_ := set $own ($key | snakecase) $value -}}{{- end -}}
-{{- end -}}
-{{- $_ := set $config $section $own -}}
-{{- end -}}
+{{- $config := include "model1.snaked" .Values.settings | fromJson -}}
 
 {{- with include "model1.modelPath" . -}}{{- $_ := set $config.model "path" . -}}{{- end -}}
 {{- $_ := set $config "topology" (dict "expert_groups" .Values.experts.groups "gateways" "per_node") -}}
@@ -71,4 +63,18 @@ values are camelCase, those of the program snake_case; what is null is the progr
 {{/* "true" where the chart runs the Valkey itself. */}}
 {{- define "model1.ownValkey" -}}
 {{- if and (include "model1.usesRedis" .) (not .Values.redis.url) -}}true{{- end -}}
+{{- end -}}
+
+{{/* A map as JSON: keys of values are camelCase, those of the program snake_case. What is null is
+left out, and so the program's default. */}}
+{{- define "model1.snaked" -}}
+{{- $snaked := dict -}}
+{{- range $key, $value := . -}}
+{{- if kindIs "map" $value -}}
+{{- $_ := set $snaked ($key | snakecase) (include "model1.snaked" $value | fromJson) -}}
+{{- else if not (kindIs "invalid" $value) -}}
+{{- $_ := set $snaked ($key | snakecase) $value -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $snaked -}}
 {{- end -}}
