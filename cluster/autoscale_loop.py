@@ -107,7 +107,7 @@ class AutoscaleLoop:
         return len(topology.replicas_of(scaled.group))
 
     async def _change(self, scaled: _Scaled, current: int) -> None:
-        asked = f"{current} -> {scaled.desired}: {_why(scaled)}"
+        asked = f"{current} -> {scaled.desired}: {_why(scaled, current)}"
         log.info("autoscale what=%r change=%r", scaled.words, asked)
         try:
             if scaled.group is None:
@@ -182,12 +182,14 @@ def _mean(values: Iterator[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _why(scaled: _Scaled) -> str:
+def _why(scaled: _Scaled, current: int) -> str:
     """What was measured last, beside what is aimed at."""
     sample, limits = scaled.sample, scaled.limits
+    if not limits.min_replicas <= current <= limits.max_replicas:
+        return f"the limits are {limits.min_replicas} to {limits.max_replicas}"
     words = []
     if sample.busy_share is not None:
         words.append(f"{sample.busy_share:.0%} busy (aim {limits.busy_share:.0%})")
     if sample.queue_seconds is not None:
         words.append(f"{sample.queue_seconds:.3f} s queued (limit {limits.queue_seconds:g} s)")
-    return ", ".join(words) or "the limits"
+    return ", ".join(words)

@@ -170,6 +170,7 @@ async def test_a_deployment_outside_the_limits_is_brought_inside() -> None:
     settings = SETTINGS.model_copy(update={"experts": experts})
     async with scaling(settings) as load:
         assert (load.replicas(0), load.replicas(1)) == (3, 3)
+        assert load.told(Role.EXPERT, 1).last_change == "2 -> 3: the limits are 3 to 4"
 
 
 async def test_where_nobody_was_asked_for_yet_nobody_is_started() -> None:
