@@ -8,7 +8,7 @@ import asyncio
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from cluster.config import SettingsError
 from cluster.figure_tables import autoscale_table, figure_tables
 from cluster.figures import Figures, figures
 from cluster.kv import tier_states
+from cluster.members import MemberState
 from cluster.plain import as_plain
 from cluster.plan.load_curves import COLUMNS
 from cluster.readings import Windows
@@ -28,6 +29,8 @@ from protos import control_pb2
 
 HOME, CLEAR_LINE, CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 CLEAR_ALL = "\x1b[2J"
+# In a line; the rest is in `model1 status`.
+MAX_NAMES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +120,15 @@ def recording(path: Path | None, since: float) -> Iterator[LoadRecording | None]
 
 def as_text(look: Look) -> str:
     server, topology = look.server, look.topology
-    counts: dict[str, int] = {}
-    for member in topology.members:
-        counts[member.state] = counts.get(member.state, 0) + 1
-    states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-    restarts = sum(member.restarts for member in topology.members)
+    ready = sum(member.state == MemberState.READY for member in topology.members)
+    others = [f"{m.name} {m.state}" for m in topology.members if m.state != MemberState.READY]
+    restarted = [f"{m.name} {m.restarts}" for m in topology.members if m.restarts]
     parts = [
         f"{look.at.astimezone():%H:%M:%S}  {look.endpoint} "
         f"{'draining' if server.draining else 'serving'}, up {server.uptime_seconds:.0f} s, "
-        f"routing epoch {topology.epoch}; processes: {states}; restarts: {restarts}",
+        f"routing epoch {topology.epoch}\n"
+        f"{ready} of {len(topology.members)} processes ready{_some('; ', others)}"
+        f"{_some('; started again: ', restarted)}",
         figure_tables(look.figures),
     ]
     if topology.autoscaled:
@@ -133,6 +136,12 @@ def as_text(look: Look) -> str:
     if look.kv.stores:
         parts.append(tier_states(look.kv.stores))
     return "\n\n".join(parts)
+
+
+def _some(introduction: str, names: Sequence[str]) -> str:
+    """The first of them, if there are any."""
+    more = "" if len(names) <= MAX_NAMES else f" and {len(names) - MAX_NAMES} more"
+    return introduction + ", ".join(names[:MAX_NAMES]) + more if names else ""
 
 
 def _as_json(look: Look) -> str:

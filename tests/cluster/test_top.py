@@ -1,6 +1,7 @@
-"""What `model1 top` records."""
+"""What `model1 top` shows and records."""
 
 import asyncio
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,16 @@ import pytest
 from cluster.access import Access
 from cluster.client import Unreachable
 from cluster.config import SettingsError
+from cluster.figures import figures
 from cluster.plan.load_curves import read_curve
-from cluster.top import recording, show_in_place, top
+from cluster.readings import Windows
+from cluster.top import Look, as_text, recording, show_in_place, top
+from protos.control_pb2 import (
+    GetKvStatsResponse,
+    GetServerInfoResponse,
+    GetTopologyResponse,
+    Member,
+)
 
 
 def test_a_recorded_load_is_what_the_plan_reads(tmp_path: Path) -> None:
@@ -56,3 +65,25 @@ def test_a_look_takes_the_place_of_the_last_and_no_more_than_the_terminal_has(
     monkeypatch.setenv("LINES", "4")
     show_in_place("a line\nanother\n\nlast\nnever seen")
     assert capsys.readouterr().out == "\x1b[Ha lin\x1b[K\nanoth\x1b[K\n\x1b[K\n\x1b[J"
+
+
+def test_who_is_not_ready_and_who_was_started_again_is_named() -> None:
+    members = [Member(name=f"expert-0-{i}", role="expert", state="ready") for i in range(9)]
+    members[3].state, members[5].restarts = "dead", 2
+    for member in members[6:]:
+        member.state = "starting"
+    members[0].state = "draining"
+    look = Look(
+        "host:1",
+        datetime.now(UTC),
+        GetServerInfoResponse(uptime_seconds=7),
+        GetTopologyResponse(epoch=3, members=members),
+        GetKvStatsResponse(),
+        figures(members, Windows()),
+    )
+    first, second = as_text(look).splitlines()[:2]
+    assert first.endswith("host:1 serving, up 7 s, routing epoch 3")
+    assert second == (
+        "4 of 9 processes ready; expert-0-0 draining, expert-0-3 dead, expert-0-6 starting, "
+        "expert-0-7 starting and 1 more; started again: expert-0-5 2"
+    )
