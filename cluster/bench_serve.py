@@ -60,7 +60,11 @@ class Report:
     pairs: tuple[Pair, ...]
     whole_ratio: float  # of the speeds with the prompts' time included
     crossing: Percentiles
-    crossing_wait: Percentiles  # without the shared expert, which is computed meanwhile
+    crossing_wait: Percentiles  # with nothing to compute
+    # Where a step ran as two micro-batches: of half as many rows.
+    half_crossing: Percentiles
+    half_crossing_wait: Percentiles
+    overlapped_share: float  # of all steps
     echo: Percentiles
     request_bytes: int
     reply_bytes: int
@@ -125,7 +129,8 @@ async def _compare(site: Site, workload: Workload, *, num_pairs: int, machine: s
         ):
             worker = await _worker_address(deployment)
             turns = await _take_turns(worker, alone, echoing, workload, num_pairs)
-            crossing, wait = await _crossing_times(worker, workload.batch)
+            whole = await _stats(worker, workload.batch)
+            half = await _stats(worker, workload.batch // 2)
     return Report(
         machine=machine,
         workload=workload,
@@ -137,8 +142,13 @@ async def _compare(site: Site, workload: Workload, *, num_pairs: int, machine: s
             ours.tokens_per_second / theirs.tokens_per_second
             for ours, theirs in zip(turns.distributed, turns.one_process, strict=True)
         ),
-        crossing=crossing,
-        crossing_wait=wait,
+        crossing=Percentiles(whole.crossing_seconds_p50, whole.crossing_seconds_p99),
+        crossing_wait=Percentiles(whole.crossing_wait_seconds_p50, whole.crossing_wait_seconds_p99),
+        half_crossing=Percentiles(half.crossing_seconds_p50, half.crossing_seconds_p99),
+        half_crossing_wait=Percentiles(
+            half.crossing_wait_seconds_p50, half.crossing_wait_seconds_p99
+        ),
+        overlapped_share=whole.overlapped_steps / whole.steps,
         echo=Percentiles.of(turns.round_trips),
         request_bytes=request_bytes,
         reply_bytes=reply_bytes,
@@ -199,15 +209,14 @@ async def _worker_address(deployment: Deployment) -> WorkerAddress:
     )
 
 
-async def _crossing_times(worker: WorkerAddress, num_rows: int) -> tuple[Percentiles, Percentiles]:
-    """(whole crossings, the wait in them) of the batches of `num_rows` rows."""
+async def _stats(worker: WorkerAddress, num_rows: int) -> attention_pb2.AttentionStatsResponse:
+    """The crossing times in it are those of crossings of so many rows; 0 if there was none."""
     async with rpc.channel(worker.address) as channel:
         stub = attention_pb2_grpc.AttentionStub(channel)
-        stats = await stub.Stats(attention_pb2.AttentionStatsRequest(crossing_rows=num_rows))
-    return (
-        Percentiles(stats.crossing_seconds_p50, stats.crossing_seconds_p99),
-        Percentiles(stats.crossing_wait_seconds_p50, stats.crossing_wait_seconds_p99),
-    )
+        stats: attention_pb2.AttentionStatsResponse = await stub.Stats(
+            attention_pb2.AttentionStatsRequest(crossing_rows=num_rows)
+        )
+        return stats
 
 
 def _print_tables(report: Report) -> None:
@@ -232,11 +241,14 @@ def _print_tables(report: Report) -> None:
         )
     )
     print(text_table(("decode tokens/s", "distributed", "one process", "ratio"), rows))
-    print(f"with the prompts' time: {report.whole_ratio:.2f}x\n")
+    print(f"with the prompts' time: {report.whole_ratio:.2f}x")
+    print(f"steps as two micro-batches: {report.overlapped_share:.0%}\n")
     request_kib, reply_kib = report.request_bytes / 1024, report.reply_bytes / 1024
     times = {
         f"layer crossing of {work.batch} rows": report.crossing,
-        "  of it waiting (after the shared expert)": report.crossing_wait,
+        "  of it waiting": report.crossing_wait,
+        f"of a micro-batch's {work.batch // 2} rows": report.half_crossing,
+        "  of it waiting, the other computed": report.half_crossing_wait,
         f"bare gRPC echo, {request_kib:.0f} KiB there, {reply_kib:.0f} KiB back": report.echo,
     }
     cells = [(name, f"{t.p50 * 1e3:.2f}", f"{t.p99 * 1e3:.2f}") for name, t in times.items()]

@@ -22,6 +22,7 @@ def test_a_tiny_deployment_is_compared_with_one_process(tiny_checkpoint: Path) -
     assert len(report.pairs) == 1
     assert report.ratio > 0
     assert report.crossing.p99 >= report.crossing.p50 >= report.crossing_wait.p50 > 0
+    assert 0 <= report.overlapped_share < 1  # the first steps never are
     assert report.echo.p50 > 0
     hidden, k = tiny_model.CONFIG.hidden_size, tiny_model.CONFIG.num_experts_per_tok
     assert report.request_bytes == 3 * (2 * hidden + 8 * k)
