@@ -8,6 +8,7 @@ import asyncio
 import secrets
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.config import SettingsError
@@ -227,6 +228,14 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("hop", "overlap", "emulated-overlap", "replicas"),
         help="this one alone; may be given again",
     )
+    dispatch.add_argument(
+        "--batch",
+        type=positive,
+        action="append",
+        metavar="N",
+        help="sequences of a step; may be given again (2, 8, 16, 32, 64)",
+    )
+    dispatch.add_argument("--steps", type=positive, metavar="N", help="timed, of each way (32)")
     dispatch.add_argument("--quick", action="store_true", help="few steps: to see that it works")
     dispatch.add_argument(
         "--gigabytes-per-second",
@@ -264,12 +273,18 @@ def _bench(parsed: Arguments) -> None:
         bench_serve(num_pairs=parsed.pairs, as_json=wants_json(parsed))
     elif parsed.what == "dispatch":
         from cluster.bench_dispatch.bench import PARTS as DISPATCH_PARTS
-        from cluster.bench_dispatch.bench import bench_dispatch
+        from cluster.bench_dispatch.bench import QUICK, Scale, bench_dispatch
 
+        scale = QUICK if parsed.quick else Scale()
+        scale = replace(
+            scale,
+            batches=tuple(parsed.batch or scale.batches),
+            steps=parsed.steps or scale.steps,
+        )
         bench_dispatch(
             parsed.part or DISPATCH_PARTS,
+            scale,
             gigabytes_per_second=parsed.gigabytes_per_second,
-            quick=parsed.quick,
             as_json=wants_json(parsed),
         )
     elif parsed.what == "kv":

@@ -43,7 +43,7 @@ QUICK = Scale(
 
 
 def bench_dispatch(
-    parts: Collection[str], *, gigabytes_per_second: float, quick: bool, as_json: bool
+    parts: Collection[str], scale: Scale, *, gigabytes_per_second: float, as_json: bool
 ) -> None:
     """Tables for people or one JSON object. Raises `SidesDiffer` if a token differs."""
     os.environ.update(COMPUTE_ENVIRONMENT)  # before torch is imported, and of all processes
@@ -54,7 +54,7 @@ def bench_dispatch(
         directory = Path(folder) / "checkpoint"
         directory.mkdir()
         write_random_checkpoint(directory)
-        scale, speed = QUICK if quick else Scale(), gigabytes_per_second * 1e9
+        speed = gigabytes_per_second * 1e9
         report = asyncio.run(_measure(directory, Path(folder), scale, parts, speed, machine()))
     if as_json:
         print(json.dumps(as_dict(report)))

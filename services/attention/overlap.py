@@ -6,6 +6,7 @@ model and the size of the step, so the policy tries the other way now and then, 
 of a fixed share of the time. Plain numbers in, plain numbers out: no clock, no tensor.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -13,9 +14,11 @@ from typing import NamedTuple
 
 # Of the time, spent on ways that turn out to be slower.
 TRIAL_SHARE = 0.01
-# Pairs of steps, one of either way, that are compared; one that is lost clearly suffices.
+# Pairs of steps, one of either way, that a trial compares; one that is lost clearly suffices.
 TRIAL_PAIRS = 3
-CLEARLY_SLOWER = 1.1
+CLEARLY_SLOWER = 1.25
+# Those that decide: on a machine with other work one pair in three says the opposite.
+REMEMBERED_PAIRS = 9
 # A way that is faster by less is not worth a change: it may be chance.
 MIN_GAIN = 0.03
 # The first steps of a size are its slowest: memory is taken, streams are opened.
@@ -55,7 +58,7 @@ class Choice:
     """A reading, for one size of step."""
 
     micro_batches: int  # what is used, except in trials
-    ratio: float  # two's time over one's in the last trial; 0 before the first
+    ratio: float  # two's time over one's in the last trials; 0 before the first
     wait_share: float  # of the time of the way in use
 
 
@@ -68,9 +71,11 @@ class _Known:
     wait_share: float = 0.0
     num_steps: int = 0
     steps_before_trial: int = STEPS_BEFORE_TRIAL
-    # In a trial: seconds a token of the last step the usual way, and the other's share of that.
+    # In a trial: seconds a token of the last step the usual way, and what the other took of that.
     usual: float | None = None
-    ratios: list[float] = field(default_factory=list)
+    trial: list[float] = field(default_factory=list)
+    # Two's time over one's.
+    pairs: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_PAIRS))
 
     @property
     def is_trial_due(self) -> bool:
@@ -111,9 +116,9 @@ class OverlapPolicy:
             known.steps_before_trial -= 1
             known.usual = seconds_a_token
         elif known.usual is not None:
-            known.ratios.append(seconds_a_token / known.usual)
+            known.trial.append(seconds_a_token / known.usual)
             known.usual = None  # the next pair is measured anew: sequences grow meanwhile
-            if len(known.ratios) == TRIAL_PAIRS or known.ratios[-1] > CLEARLY_SLOWER:
+            if len(known.trial) == TRIAL_PAIRS or known.trial[-1] > CLEARLY_SLOWER:
                 _conclude(known)
 
     @property
@@ -127,13 +132,14 @@ class OverlapPolicy:
 def _conclude(known: _Known) -> None:
     """The end of a trial: go on with the faster way, and leave the other alone for so long that
     what the trial cost is a small share of it."""
-    lost_steps = sum(max(0.0, ratio - 1.0) for ratio in known.ratios)
-    ratio = median(known.ratios)
-    known.ratio = ratio if known.micro_batches == 1 else 1.0 / ratio
-    if ratio < 1.0 - MIN_GAIN:
+    lost_steps = sum(max(0.0, ratio - 1.0) for ratio in known.trial)
+    is_one_usual = known.micro_batches == 1
+    known.pairs.extend(ratio if is_one_usual else 1.0 / ratio for ratio in known.trial)
+    known.trial.clear()
+    known.ratio = median(known.pairs)
+    if (known.ratio if is_one_usual else 1.0 / known.ratio) < 1.0 - MIN_GAIN:
         known.micro_batches = _other(known.micro_batches)
         known.num_steps = 0  # the share of waiting is another one now
-    known.ratios.clear()
     known.steps_before_trial = max(MIN_STEPS_BETWEEN_TRIALS, round(lost_steps / TRIAL_SHARE))
 
 
