@@ -25,6 +25,7 @@ from ray.exceptions import (
 )
 
 from cluster.config import Settings
+from cluster.expert_shift import Shift
 from cluster.machines import RayMachines, on_node
 from cluster.members import (
     ActorDied,
@@ -33,12 +34,13 @@ from cluster.members import (
     Listening,
     Peers,
     Process,
+    Rebalance,
     Snapshot,
 )
 from cluster.priority import let_others_go_first, serve_first
 from cluster.ray_session import Hosts
 from cluster.roles import Place, Serve, Serving, load_role
-from cluster.supervisor import Patience, Supervisor
+from cluster.supervisor import Patience, Rebalancing, Supervisor
 from cluster.topology import ActorSpec, Topology
 from model1.errors import ModelError
 from protos.control_pb2 import RoleStats
@@ -107,6 +109,13 @@ class SupervisorHandle:
     async def drain_node(self, node: str) -> Change:
         return await answer("supervisor", self._handle.drain_node.remote(node))
 
+    async def rebalance(self, dry_run: bool) -> Rebalance:
+        return await answer("supervisor", self._handle.rebalance.remote(dry_run))
+
+    async def shifts(self) -> tuple[Shift, ...]:
+        """The last moves of experts, the oldest first."""
+        return await answer("supervisor", self._handle.shifts.remote())
+
     async def stop(self) -> None:
         await answer("supervisor", self._handle.stop.remote())
 
@@ -138,6 +147,9 @@ class SupervisorProcess:
                 node_seconds=cluster.node_timeout_seconds,
             ),
             settings.autoscale if settings.autoscale.enabled else None,
+            rebalancing=Rebalancing(
+                redundancy=cluster.expert_redundancy, every_seconds=cluster.rebalance_seconds
+            ),
         )
         self._machines = machines
 
@@ -161,6 +173,12 @@ class SupervisorProcess:
 
     async def drain_node(self, node: str) -> Change:
         return await self._supervisor.changes.drain_node(node)
+
+    async def rebalance(self, dry_run: bool) -> Rebalance:
+        return await self._supervisor.changes.rebalance(dry_run=dry_run)
+
+    async def shifts(self) -> tuple[Shift, ...]:
+        return tuple(self._supervisor.changes.shift.made)
 
     async def stop(self) -> None:
         await self._supervisor.stop()

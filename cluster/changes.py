@@ -1,15 +1,21 @@
-"""Owns what is changed of a deployment while it serves: actors added, drained and removed.
+"""Owns what is changed of a deployment while it serves: actors added, drained and removed, and
+experts moved between replicas.
 
 One change at a time. What is added is known to others once it is warm, what is removed is forgotten
-by them before it drains; a change that fails leaves the deployment as it was.
+by them before it drains; a change that fails leaves the deployment as it was, but for the experts
+that were moved until then.
 """
 
 import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
+from cluster.expert_balance import ExpertBalance
+from cluster.expert_moves import Move, moves_of
+from cluster.expert_placement import PlacementPlan
+from cluster.expert_shift import ExpertShift
 from cluster.keeper import Keeper
 from cluster.members import (
     Change,
@@ -19,6 +25,7 @@ from cluster.members import (
     DeploymentError,
     Machines,
     MemberState,
+    Rebalance,
     UnknownActor,
 )
 from cluster.roster import Roster, together
@@ -49,6 +56,7 @@ LEAVING_ORDER = (
     (Role.KVSTORE,),
 )
 
+Done = TypeVar("Done")
 Growth: TypeAlias = Callable[[Topology, Sequence[Room]], Topology]
 
 
@@ -61,14 +69,17 @@ class Changes:
         *,
         start_timeout_seconds: float,
         drain_seconds: float,
+        balance: ExpertBalance,
     ) -> None:
+        self.shift = ExpertShift(roster)
+        self._balance = balance
         self._roster = roster
         self._keeper = keeper
         self._machines = machines
         self._start_timeout_seconds = start_timeout_seconds
         self._drain_seconds = drain_seconds
         self._one_at_a_time = asyncio.Lock()
-        self._tasks: set[asyncio.Task[Change]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._is_stopping = False
         self._displaced: list[ActorSpec] = []  # who left with a node and found no place
 
@@ -107,6 +118,14 @@ class Changes:
             except DeploymentError:
                 await asyncio.sleep(RESTORE_AGAIN_SECONDS)
 
+    async def rebalance(self, *, dry_run: bool) -> Rebalance:
+        """Move experts so that all replicas have the same work, or say what would be moved. Raises
+        `ChangeRefused` and `ChangeFailed`."""
+        if dry_run:
+            plan, moves = self._moves()
+            return self._rebalanced(plan, moves)
+        return await self._in_turn(self._rebalance())
+
     async def stop(self) -> None:
         """Nothing changes any more; whoever waits for a change is told so."""
         self._is_stopping = True
@@ -115,10 +134,10 @@ class Changes:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _in_turn(self, change: Coroutine[None, None, Change]) -> Change:
+    async def _in_turn(self, change: Coroutine[None, None, Done]) -> Done:
         """To its end, also when whoever asked for it is gone."""
 
-        async def wait_and_change() -> Change:
+        async def wait_and_change() -> Done:
             async with self._one_at_a_time:
                 return await change
 
@@ -133,7 +152,7 @@ class Changes:
             raise ChangeFailed("the deployment is stopping")
         return task.result()
 
-    def _ended(self, task: asyncio.Task[Change]) -> None:
+    def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.warning("change_failed why=%s", error)  # whoever asked may be gone
@@ -283,6 +302,18 @@ class Changes:
             raise ChangeRefused(f"{name} is the only one of {what} that is ready")
         return self._told((), await self._shrink([spec]))
 
+    async def _rebalance(self) -> Rebalance:
+        plan, moves = self._moves()
+        await self.shift.carry_out(moves)
+        return self._rebalanced(plan, moves)
+
+    def _moves(self) -> tuple[PlacementPlan, tuple[Move, ...]]:
+        plan = self._balance.even()
+        return plan, moves_of(plan, self._balance.load)
+
+    def _rebalanced(self, plan: PlacementPlan, moves: tuple[Move, ...]) -> Rebalance:
+        return Rebalance(self._roster.epoch, moves, plan.balance_before, plan.balance_after)
+
     async def _grow(self, growth: Growth, *, gently: bool = True) -> tuple[str, ...]:
         """Bring up what `growth` adds, and keep it; callers do not know of it yet."""
         roster = self._roster
@@ -322,6 +353,9 @@ class Changes:
             return ()
         roster = self._roster
         names = tuple(spec.name for spec in specs)
+        if any(spec.role is Role.EXPERT for spec in specs):  # those who stay take what they hold
+            moves = moves_of(self._balance.without(names), self._balance.load)
+            await self.shift.carry_out(moves)
         log.info("scaling_down names=%s", ",".join(names))
         await together(self._keeper.let_go(name) for name in names)
         serving = [name for name in names if roster.state(name) is MemberState.READY]

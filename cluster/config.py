@@ -234,6 +234,12 @@ class ClusterSettings(_Section):
     slot_timeout_seconds: float = Field(
         300.0, gt=0, description="for a node with a free slot, when scaling up"
     )
+    rebalance_seconds: float | None = Field(
+        None, gt=0, description="between two moves of hot experts; none: when asked to"
+    )
+    expert_redundancy: float = Field(
+        0.125, ge=0, description="that a replica has room for beyond its group's, as a share"
+    )
 
 
 class ScalingLimits(_Section):

@@ -32,17 +32,17 @@ class Replica:
 class BalanceSettings:
     """Balance is the mean over the largest load of the replicas: 1 when all have the same."""
 
-    redundancy: float = 0.125  # copies beyond the first of each expert, as a share of the experts
+    redundancy: float = 0.125  # copies beyond those that there must be, as a share of these
     act_below: float = 0.95  # a better balance than this is left alone
     aim: float = 0.98  # a plan goes no further than this
     min_gain: float = 0.02  # moving weights for less does not pay
     # A copy with more than this share of a replica's mean load is hard to place beside others.
     max_copy_share: float = 0.8
 
-    def max_copies(self, num_experts: int) -> int:
-        """Of all experts together."""
+    def max_copies(self, min_copies: int) -> int:
+        """Of all experts together, of which there must be so many."""
         # 0.29 * 100 is a little less than 29.
-        return num_experts + math.floor(self.redundancy * num_experts + 1e-9)
+        return min_copies + math.floor(self.redundancy * min_copies + 1e-9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +67,24 @@ def plan_placement(
     settings: BalanceSettings,
     *,
     num_pairs: float = math.inf,
+    min_copies: ArrayLike = 1,
 ) -> PlacementPlan:
     """A placement that evens out `load` [num_experts], with few changes to the present one.
 
     `num_pairs` is how many the load was measured from: of few, much of an imbalance is chance, and
-    moving experts after that would never end.
+    moving experts after that would never end. `min_copies` is how many replicas must hold each
+    expert [num_experts], or every expert.
 
-    First every expert that nobody holds is placed. Then, if the balance is poor, the hottest
+    First every expert that too few hold is placed. Then, if the balance is poor, the hottest
     experts are copied, and the fullest replica gives experts away or exchanges them, whatever
     evens out most for each expert that must be loaded. What need not change stays where it is.
     Ties go to the lowest expert and the first replica. Raises ValueError if there are too few
-    slots, or a replica holds more than it has.
+    slots or replicas, or a replica holds more than it has slots.
     """
     before = tuple(replicas)
-    search = _Search(np.asarray(load, dtype=np.float64), before, settings)
+    loads = np.asarray(load, dtype=np.float64)
+    wanted_copies = np.broadcast_to(np.asarray(min_copies, dtype=np.intp), loads.shape)
+    search = _Search(loads, before, settings, wanted_copies)
     balance_before = search.balance
     search.place_missing()
     covered, balance_covered = search.placement(), search.balance
@@ -138,11 +142,17 @@ class _Search:
     """A placement on its way from the present one: R replicas, E experts."""
 
     def __init__(
-        self, load: NDArray[np.float64], replicas: tuple[Replica, ...], settings: BalanceSettings
+        self,
+        load: NDArray[np.float64],
+        replicas: tuple[Replica, ...],
+        settings: BalanceSettings,
+        min_copies: NDArray[np.intp],
     ) -> None:
         num_slots = sum(replica.slots for replica in replicas)
-        if num_slots < len(load):
-            raise ValueError(f"{num_slots} expert slots cannot hold {len(load)} experts")
+        num_wanted = int(min_copies.sum())
+        if num_slots < num_wanted:
+            copies = "experts" if num_wanted == len(load) else "copies of experts"
+            raise ValueError(f"{num_slots} expert slots cannot hold {num_wanted} {copies}")
         for replica in replicas:
             if len(replica.experts) > replica.slots:
                 raise ValueError(
@@ -152,7 +162,8 @@ class _Search:
         self._load = load  # [E]
         self._slots = np.array([replica.slots for replica in replicas])  # [R]
         self._holds = holds_of(replicas, len(load))  # [R, E]
-        self._max_copies = settings.max_copies(len(load))
+        self._min_copies = min_copies  # [E]
+        self._max_copies = settings.max_copies(num_wanted)
         self._max_share = settings.max_copy_share * load.sum() / len(replicas)
 
     @property
@@ -167,10 +178,11 @@ class _Search:
 
     def place_missing(self) -> None:
         """Those with most load first."""
-        missing = np.flatnonzero(~self._holds.any(axis=0))
+        missing = np.flatnonzero(self._holds.sum(axis=0) < self._min_copies)
         for expert in missing[np.argsort(-self._load[missing], kind="stable")].tolist():
-            placed = self._add_copy(expert, max_share=np.inf)
-            assert placed  # one too many of another expert, or room for this one
+            while self._holds[:, expert].sum() < self._min_copies[expert]:
+                if not (self._add_copy(expert, max_share=np.inf) or self._make_room(expert)):
+                    raise ValueError(f"there is no room for another copy of expert {expert}")
 
     def copy_hottest(self) -> bool:
         """One more copy of the expert with most load a copy that can have one. False if none is
@@ -212,7 +224,8 @@ class _Search:
         whose other copies can do its work with less than `max_share` each."""
         loads, share, copies = self._replica_loads(), self._share(), self._holds.sum(axis=0)
         may_add = copies.sum() < self._max_copies
-        left_share = np.where(copies > 1, self._load / np.maximum(1, copies - 1), np.inf)
+        is_spare = copies > self._min_copies
+        left_share = np.where(is_spare, self._load / np.maximum(1, copies - 1), np.inf)
         options: list[tuple[float, int, int]] = []  # (load that stays, replica, expert to drop)
         for replica in np.flatnonzero(~self._holds[:, expert]).tolist():
             if may_add and self._holds[replica].sum() < self._slots[replica]:
@@ -225,6 +238,24 @@ class _Search:
         if other >= 0:
             self._holds[replica, other] = False
         self._holds[replica, expert] = True
+        return True
+
+    def _make_room(self, expert: int) -> bool:
+        """Another copy where another expert, of little load, leaves for a free slot elsewhere."""
+        share, lacks = self._share(), ~self._holds[:, expert]
+        options: list[tuple[float, int, int, int]] = []  # (share, giver, taker, expert to move)
+        for taker in np.flatnonzero(self._holds.sum(axis=1) < self._slots).tolist():
+            if lacks[taker]:
+                self._holds[taker, expert] = True
+                return True
+            for giver in np.flatnonzero(lacks).tolist():
+                for other in np.flatnonzero(self._holds[giver] & ~self._holds[taker]).tolist():
+                    options.append((share[other], giver, taker, other))
+        if not options:
+            return False
+        _, giver, taker, other = min(options)
+        self._holds[giver, other], self._holds[taker, other] = False, True
+        self._holds[giver, expert] = True
         return True
 
     def _share(self) -> NDArray[np.float64]:

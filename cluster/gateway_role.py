@@ -4,10 +4,12 @@ supervisor. What is asked of the supervisor is the supervisor's to judge.
 
 import importlib.metadata
 from collections.abc import Awaitable
+from typing import TypeVar
 
 from cluster import members
 from cluster.access import accepted_tokens, process_tls
 from cluster.config import GatewaySettings, Settings
+from cluster.expert_moves import MoveKind
 from cluster.members import Listening, Peers, Snapshot
 from cluster.preflight import model_directory
 from cluster.roles import Place, Serve, Serving, SupervisorLink
@@ -15,8 +17,10 @@ from cluster.topology import Role
 from model1.errors import InvalidRequest
 from protos.control_pb2 import RoleStats
 from services.errors import ChangeFailed, ChangeRefused, Unavailable, UnknownActor
-from services.gateway.operations import Change
+from services.gateway.operations import Change, ExpertMove, Rebalance
 from services.gateway.topology import Member, Topology
+
+Answer = TypeVar("Answer")
 
 
 def load_gateway(settings: Settings, supervisor: SupervisorLink, place: Place) -> Serve:
@@ -97,10 +101,23 @@ class SupervisedOperations:
     async def drain_node(self, node: str) -> Change:
         return await _done(self._supervisor.drain_node(node))
 
+    async def rebalance(self, dry_run: bool) -> Rebalance:
+        done = await _answered(self._supervisor.rebalance(dry_run))
+        moves = tuple(
+            ExpertMove(move.replica, move.expert, is_drop=move.kind is MoveKind.DROP)
+            for move in done.moves
+        )
+        return Rebalance(done.epoch, moves, done.balance_before, done.balance_after)
+
 
 async def _done(asked: Awaitable[members.Change]) -> Change:
+    change = await _answered(asked)
+    return Change(change.epoch, change.added, change.removed)
+
+
+async def _answered(asked: Awaitable[Answer]) -> Answer:
     try:
-        change = await asked
+        return await asked
     except members.ChangeInvalid as error:
         raise InvalidRequest(str(error)) from error
     except members.UnknownActor as error:
@@ -111,7 +128,6 @@ async def _done(asked: Awaitable[members.Change]) -> Change:
         raise ChangeFailed(str(error)) from error
     except members.ActorDied as error:
         raise Unavailable(str(error)) from error
-    return Change(change.epoch, change.added, change.removed)
 
 
 def _reported(snapshot: Snapshot) -> Topology:

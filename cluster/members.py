@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from cluster.expert_moves import Move
 from cluster.topology import ActorSpec, Role, Room
 from protos.control_pb2 import Autoscaled, RoleStats
 
@@ -170,6 +171,17 @@ class Change:
     epoch: int
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rebalance:
+    """Moves of experts, made or only planned, and how evenly the replicas are loaded: the mean over
+    the largest load, as measured of late and as expected after the moves."""
+
+    epoch: int  # of the routing table, once the moves were live
+    moves: tuple[Move, ...]
+    balance_before: float
+    balance_after: float
 
 
 @dataclass(frozen=True, slots=True)

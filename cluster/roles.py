@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from cluster.access import process_tls
 from cluster.config import AttentionSettings, KvSettings, Settings
-from cluster.members import Change, DeploymentError, Listening, Peers, Snapshot
+from cluster.members import Change, DeploymentError, Listening, Peers, Rebalance, Snapshot
 from cluster.preflight import model_directory
 from cluster.topology import ActorSpec, Role
 from protos.control_pb2 import RoleStats
@@ -41,6 +41,8 @@ class SupervisorLink(Protocol):
     async def drain(self, name: str) -> Change: ...
 
     async def drain_node(self, node: str) -> Change: ...
+
+    async def rebalance(self, dry_run: bool) -> Rebalance: ...
 
 
 @dataclass(frozen=True, slots=True)

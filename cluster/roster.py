@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 ANSWER_TIMEOUT_SECONDS = 5.0
 # Of one that is told of others, and connects to them before it says so.
 TELL_TIMEOUT_SECONDS = 10.0
+# Of a router, until all that it asked under an earlier table is answered: as long as pairs that no
+# replica takes may wait.
+RETIRE_TIMEOUT_SECONDS = 40.0
 # Beyond its own grace time, for an actor to say that it has stopped.
 STOP_MARGIN_SECONDS = 5.0
 FIRST_EPOCH = 1
@@ -198,6 +201,34 @@ class Roster:
         self.epoch += 1
         await self.tell(Role.ROUTER)
 
+    def experts(self, name: str) -> frozenset[int]:
+        """What an expert replica is to hold, and holds when it serves."""
+        return frozenset(self._members[name].spec.experts)
+
+    def assign(self, name: str, experts: Iterable[int]) -> None:
+        """What an expert replica is to hold from now on. Its process must hold it already, or the
+        routers, who are not told here, would send what it cannot compute."""
+        member = self._members[name]
+        spec = replace(member.spec, experts=tuple(sorted(experts)))
+        self.topology = self.topology.with_changed(spec)
+        self._put(replace(member, spec=spec))
+
+    async def hold(self, name: str, experts: Iterable[int]) -> None:
+        """Have the process of an expert replica hold exactly these. Raises `DeploymentError`, also
+        where it did and has ended since: the next one will have started with what was assigned."""
+        actor = self._actors[name]
+        if self.state(name) is MemberState.READY:
+            await actor.hold(tuple(sorted(experts)))
+        if self._actors.get(name) is not actor or self.state(name) is not MemberState.READY:
+            raise ActorDied(f"{name} was lost while experts were moved")
+
+    async def retire_earlier_epochs(self) -> None:
+        """Until no router waits for what it asked under a table from before this epoch. Raises
+        `DeploymentError` if one does for long."""
+        epoch = self.epoch
+        routers = [spec.name for spec in self.topology.of_role(Role.ROUTER)]
+        await together(self._retired(name, epoch) for name in routers if name in self.ready)
+
     async def check(self, name: str) -> None:
         """Ask for its counts. Whoever does not answer keeps his last ones: busy is not dead, since
         a worker computes inline in its loop."""
@@ -239,6 +270,18 @@ class Roster:
             rest = names[1:]
         await together(self.serve(name) for name in rest)
         self.admit(names)
+
+    async def _retired(self, name: str, epoch: int) -> None:
+        try:
+            async with asyncio.timeout(RETIRE_TIMEOUT_SECONDS):
+                await self._actors[name].retired(epoch)
+        except ActorDied:
+            return  # and with it whatever it had asked
+        except TimeoutError:
+            raise DeploymentError(
+                f"{name} needs tables from before epoch {epoch} for more than "
+                f"{RETIRE_TIMEOUT_SECONDS:g} s"
+            ) from None
 
     async def _tell(self, name: str) -> None:
         peers = self._peers(name)

@@ -1,4 +1,5 @@
-"""`model1 scale` and `model1 drain`: how many actors of a kind a running deployment has."""
+"""`model1 scale` and `model1 drain`: how many actors of a kind a running deployment has, and
+which experts each of them holds."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -8,11 +9,16 @@ from typing import Any
 
 from cluster.access import Access
 from cluster.client import Client, Interrupted, Unreachable, connected, named_failures
+from cluster.output import text_table
 from cluster.plain import as_json
 from cluster.status import member_table
 from protos import control_pb2, control_pb2_grpc
 
 ASK_AGAIN_SECONDS = 0.5
+_MOVE_WORDS = {
+    control_pb2.EXPERT_MOVE_KIND_LOAD: "loads",
+    control_pb2.EXPERT_MOVE_KIND_DROP: "drops",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +58,20 @@ class ScaleCommand:
                 if clock() > deadline:
                     raise
                 await asyncio.sleep(ASK_AGAIN_SECONDS)
+
+    async def rebalance(self, *, dry_run: bool) -> None:
+        async with self._client() as client:
+            request = control_pb2.RebalanceRequest(dry_run=dry_run)
+            done: control_pb2.RebalanceResponse = await _control(client).Rebalance(request)
+        if self.as_json:
+            print(as_json(done))
+            return
+        rows = [(move.replica, _MOVE_WORDS[move.kind], move.expert) for move in done.moves]
+        if rows:
+            print(text_table(("replica", "move", "expert"), rows))
+        made = "planned" if dry_run else "made"
+        balances = f"balance {done.balance_before:.3f} before, {done.balance_after:.3f} after"
+        print(f"{len(rows) or 'no'} moves {made}; {balances}; routing epoch {done.epoch}")
 
     async def _scale(self, request: control_pb2.ScaleRequest) -> None:
         async with self._client() as client:

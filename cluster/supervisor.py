@@ -1,8 +1,8 @@
 """Owns a deployment's life: ordered start, what it is watched for, ordered stop.
 
 Its actors are the roster's, that they stay alive is the keeper's, and how they become more or fewer
-is that of the changes, asked for by hand or by the autoscaling loop. Knows nothing of Ray, gRPC or
-models; sees no token.
+is that of the changes, asked for by hand or by the loops that scale and rebalance. Knows nothing of
+Ray, gRPC or models; sees no token.
 """
 
 import asyncio
@@ -14,9 +14,12 @@ from cluster.autoscale_loop import AutoscaleLoop
 from cluster.backoff import RestartPolicy
 from cluster.changes import Changes
 from cluster.config import AutoscaleSettings
+from cluster.expert_balance import ExpertBalance
+from cluster.expert_placement import BalanceSettings
 from cluster.heartbeat import Heartbeat
 from cluster.keeper import Keeper, log_failure
 from cluster.members import Actor, Change, Machines, MemberState, Process, Snapshot
+from cluster.rebalance_loop import RebalanceLoop
 from cluster.roster import START_ORDER, Adopted, Roster, together
 from cluster.topology import ActorSpec, Role, Topology
 
@@ -32,6 +35,15 @@ class Patience:
     restarts: RestartPolicy = field(default_factory=RestartPolicy)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebalancing:
+    """How many more experts replicas have room for, as a share of their group's, and how often the
+    supervisor moves experts by itself; none: never."""
+
+    redundancy: float = 0.125
+    every_seconds: float | None = None
+
+
 class Supervisor:
     """Every actor of one deployment, from their creation to their end."""
 
@@ -44,6 +56,7 @@ class Supervisor:
         patience: Patience = Patience(),
         autoscale: AutoscaleSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
+        rebalancing: Rebalancing = Rebalancing(),
     ) -> None:
         """Without `autoscale` actors become more and fewer by hand alone."""
         self._own_process = own_process
@@ -52,6 +65,8 @@ class Supervisor:
         self._keeper = Keeper(
             self._roster, machines, patience.restarts, start_timeout_seconds=patience.start_seconds
         )
+        room = BalanceSettings(redundancy=rebalancing.redundancy)
+        self.balance = ExpertBalance(self._roster, room)
         self._heartbeat = Heartbeat(
             self._roster, machines, own_process.node_id, patience.node_seconds
         )
@@ -61,7 +76,9 @@ class Supervisor:
             machines,
             start_timeout_seconds=patience.start_seconds,
             drain_seconds=patience.drain_seconds,
+            balance=self.balance,
         )
+        self._rebalance_loop = RebalanceLoop(self.balance, self.changes, rebalancing.every_seconds)
         self.autoscaling: AutoscaleLoop | None = None
         if autoscale is not None:
             self.autoscaling = AutoscaleLoop(self._roster, self.changes, autoscale, clock)
@@ -94,6 +111,7 @@ class Supervisor:
         for spec in self._roster.topology.actors:
             self._keeper.keep(spec)
         loops = {"restore": self.changes.restore(), "heartbeat": self._heartbeat.run()}
+        loops["rebalance"] = self._rebalance_loop.run()
         if self.autoscaling is not None:
             loops["autoscale"] = self.autoscaling.run()
         for name, loop in loops.items():

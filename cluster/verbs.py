@@ -159,14 +159,18 @@ def _top(parsed: Arguments) -> None:
 
 
 def _scale_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_subparsers(dest="what", required=True, metavar="experts|attention")
+    what = parser.add_subparsers(dest="what", required=True, metavar="experts|attention|balance")
     words = "how many replicas every expert group has, or one"
     experts = what.add_parser("experts", help=words, description=words)
     experts.add_argument("--group", type=natural, metavar="G", help="this one alone; from 0")
     words = "how many attention workers there are"
     attention = what.add_parser("attention", help=words, description=words)
+    words = "move experts, so that all replicas have the same work"
+    balance = what.add_parser("balance", help=words, description=words)
+    balance.add_argument("--dry-run", action="store_true", help="only say what would be moved")
     for each in (experts, attention):
         each.add_argument("--replicas", type=positive, required=True, metavar="N")
+    for each in (experts, attention, balance):
         add_client_flags(each)
 
 
@@ -176,6 +180,8 @@ def _scale(parsed: Arguments) -> None:
     command = ScaleCommand(access=access_of(parsed), as_json=wants_json(parsed))
     if parsed.what == "experts":
         asyncio.run(command.experts(parsed.replicas, parsed.group))
+    elif parsed.what == "balance":
+        asyncio.run(command.rebalance(dry_run=parsed.dry_run))
     else:
         asyncio.run(command.attention(parsed.replicas))
 

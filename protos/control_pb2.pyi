@@ -4,12 +4,22 @@ from protos import histogram_pb2 as _histogram_pb2
 from protos import kvstore_pb2 as _kvstore_pb2
 from protos import router_pb2 as _router_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class ExpertMoveKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EXPERT_MOVE_KIND_UNSPECIFIED: _ClassVar[ExpertMoveKind]
+    EXPERT_MOVE_KIND_LOAD: _ClassVar[ExpertMoveKind]
+    EXPERT_MOVE_KIND_DROP: _ClassVar[ExpertMoveKind]
+EXPERT_MOVE_KIND_UNSPECIFIED: ExpertMoveKind
+EXPERT_MOVE_KIND_LOAD: ExpertMoveKind
+EXPERT_MOVE_KIND_DROP: ExpertMoveKind
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
@@ -210,6 +220,34 @@ class DrainResponse(_message.Message):
     removed: _containers.RepeatedScalarFieldContainer[str]
     added: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, epoch: _Optional[int] = ..., removed: _Optional[_Iterable[str]] = ..., added: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RebalanceRequest(_message.Message):
+    __slots__ = ("dry_run",)
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    dry_run: bool
+    def __init__(self, dry_run: _Optional[bool] = ...) -> None: ...
+
+class RebalanceResponse(_message.Message):
+    __slots__ = ("epoch", "moves", "balance_before", "balance_after")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    BALANCE_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    BALANCE_AFTER_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    moves: _containers.RepeatedCompositeFieldContainer[ExpertMove]
+    balance_before: float
+    balance_after: float
+    def __init__(self, epoch: _Optional[int] = ..., moves: _Optional[_Iterable[_Union[ExpertMove, _Mapping]]] = ..., balance_before: _Optional[float] = ..., balance_after: _Optional[float] = ...) -> None: ...
+
+class ExpertMove(_message.Message):
+    __slots__ = ("kind", "replica", "expert")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    kind: ExpertMoveKind
+    replica: str
+    expert: int
+    def __init__(self, kind: _Optional[_Union[ExpertMoveKind, str]] = ..., replica: _Optional[str] = ..., expert: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -64,6 +64,11 @@ class ControlStub:
                 request_serializer=protos_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/model1.v1.Control/Rebalance',
+                request_serializer=protos_dot_control__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.RebalanceResponse.FromString,
+                _registered_method=True)
         self.GetKvStats = channel.unary_unary(
                 '/model1.v1.Control/GetKvStats',
                 request_serializer=protos_dot_control__pb2.GetKvStatsRequest.SerializeToString,
@@ -130,6 +135,15 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rebalance(self, request, context):
+        """Moves experts between replicas so that these have the same work, by the load of the last seconds.
+        Returns when the moves are made; nothing pauses meanwhile. FAILED_PRECONDITION unless every
+        expert replica is ready, ABORTED if it could not be finished: what was moved stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetKvStats(self, request, context):
         """These four ask every KV store; one that does not answer says why in its place.
         """
@@ -187,6 +201,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=protos_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=protos_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=protos_dot_control__pb2.RebalanceRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.RebalanceResponse.SerializeToString,
             ),
             'GetKvStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetKvStats,
@@ -371,6 +390,33 @@ class Control:
             '/model1.v1.Control/Drain',
             protos_dot_control__pb2.DrainRequest.SerializeToString,
             protos_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model1.v1.Control/Rebalance',
+            protos_dot_control__pb2.RebalanceRequest.SerializeToString,
+            protos_dot_control__pb2.RebalanceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -114,6 +114,27 @@ class ControlService(control_pb2_grpc.ControlServicer):
             epoch=change.epoch, removed=change.removed, added=change.added
         )
 
+    async def Rebalance(
+        self, request: control_pb2.RebalanceRequest, context: Context
+    ) -> control_pb2.RebalanceResponse:
+        async with ending_with_status(context):
+            done = await self._operations.rebalance(request.dry_run)
+        return control_pb2.RebalanceResponse(
+            epoch=done.epoch,
+            moves=[
+                control_pb2.ExpertMove(
+                    kind=control_pb2.EXPERT_MOVE_KIND_DROP
+                    if move.is_drop
+                    else control_pb2.EXPERT_MOVE_KIND_LOAD,
+                    replica=move.replica,
+                    expert=move.expert,
+                )
+                for move in done.moves
+            ],
+            balance_before=done.balance_before,
+            balance_after=done.balance_after,
+        )
+
     async def Abort(
         self, request: control_pb2.AbortRequest, context: Context
     ) -> control_pb2.AbortResponse:

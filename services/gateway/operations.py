@@ -13,6 +13,25 @@ class Change:
     removed: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertMove:
+    """A replica loads one expert, or drops it."""
+
+    replica: str
+    expert: int
+    is_drop: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rebalance:
+    """Moves of experts; the mean over the largest load of the replicas without and with them."""
+
+    epoch: int
+    moves: tuple[ExpertMove, ...]
+    balance_before: float
+    balance_after: float
+
+
 class Operations(Protocol):
     """Each returns when the change is live. Raises `InvalidRequest` for what cannot be,
     `UnknownActor`, `ChangeRefused`, `ChangeFailed`, and `Unavailable` if nobody is there to do it.
@@ -30,4 +49,7 @@ class Operations(Protocol):
 
     async def drain_node(self, node: str) -> Change:
         """Take out whatever runs on the node of this address or id."""
+
+    async def rebalance(self, dry_run: bool) -> Rebalance:
+        """Move experts so that all replicas have the same work, or say what would be moved."""
         ...

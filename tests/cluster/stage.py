@@ -17,7 +17,7 @@ from cluster.members import (
     Process,
     Redis,
 )
-from cluster.supervisor import Patience, Supervisor
+from cluster.supervisor import Patience, Rebalancing, Supervisor
 from cluster.topology import ActorSpec, Role, Room, Topology, plan_topology
 from protos.control_pb2 import RoleStats
 
@@ -53,6 +53,8 @@ class Stage:
     never_stops: str = ""
     refuses_updates: str = ""
     cannot_hold: str = ""  # other experts than it was created with
+    dies_holding: str = ""  # them, once
+    rebalancing: Rebalancing = field(default_factory=Rebalancing)
     stats: dict[str, RoleStats] = field(default_factory=dict)  # what each reports, if scripted
     autoscale: AutoscaleSettings | None = None
     now: float = 1000.0  # on the autoscaling loop's clock
@@ -80,6 +82,7 @@ class Stage:
             self.patience,
             self.autoscale,
             clock=lambda: self.now,
+            rebalancing=self.rebalancing,
         )
 
     @asynccontextmanager
@@ -219,7 +222,12 @@ class StagedActor:
     async def hold(self, experts: Sequence[int]) -> None:
         self._live()
         if self.name == self.stage.cannot_hold:
+            self.stage.note(f"cannot hold {self.name}")
             raise DeploymentError(f"{self.name}: no such file")
+        if self.name == self.stage.dies_holding:
+            self.stage.dies_holding = ""
+            self.is_gone.set()
+            self._live()
         self.held = tuple(experts)
         self.stage.note(f"hold {self.name} {','.join(map(str, experts))}")
 

@@ -40,6 +40,44 @@ def test_every_expert_is_held_within_the_slots_and_the_redundancy(
     assert copies(plan.after).total() <= most + 1e-6
 
 
+@given(cases(may_miss=False), st.data(), st.floats(0, 1))
+def test_each_expert_keeps_as_many_copies_as_it_must_have(
+    case: Case, data: st.DataObject, redundancy: float
+) -> None:
+    # As in a deployment: one slot for each copy that must be, at least, and sizes that differ by
+    # one at most.
+    num_experts, num_replicas = len(case.load), len(case.replicas)
+    least = [data.draw(st.integers(1, num_replicas)) for _ in range(num_experts)]
+    slots = -(-sum(least) // num_replicas)
+    slots = max(slots, *(len(replica.experts) for replica in case.replicas))
+    replicas = [Replica(r.name, slots, r.experts) for r in case.replicas]
+    settings = BalanceSettings(redundancy=redundancy)
+    plan = plan_placement(case.load, replicas, settings, min_copies=least)
+    held = copies(plan.after)
+    assert all(held[expert] >= fewest for expert, fewest in enumerate(least))
+    assert all(len(new.experts) <= slots for new in plan.after)
+
+
+def test_a_replica_that_is_to_go_leaves_its_experts_to_others_and_nothing_else_moves() -> None:
+    # Of two groups of two replicas each; the last holds one of the other group as well.
+    stay = replicas_of([[0, 1], [0, 1], [2, 3]], slots=3)
+    only_place = BalanceSettings(act_below=0.0)
+    plan = plan_placement([9, 1, 1, 1], stay, only_place, min_copies=[2, 2, 1, 1])
+    assert plan.num_loads == 0
+    plan = plan_placement([9, 1, 1, 1], stay[1:], only_place, min_copies=[2, 1, 1, 1])
+    assert [set(replica.experts) for replica in plan.after] == [{0, 1}, {0, 2, 3}]
+
+
+def test_room_is_made_where_only_those_that_have_the_expert_have_any() -> None:
+    (full, roomy) = (Replica("full", 2, frozenset({1, 2})), Replica("roomy", 3, frozenset({0, 1})))
+    plan = plan_placement([1, 1, 1], (full, roomy), SETTINGS, min_copies=[2, 1, 1])
+    assert copies(plan.after)[0] == 2
+    assert [set(replica.experts) for replica in plan.after] in (
+        [{0, 1}, {0, 1, 2}],
+        [{0, 2}, {0, 1}],
+    )
+
+
 @given(cases())
 def test_a_plan_says_what_it_reaches(case: Case) -> None:
     plan = plan_placement(case.load, case.replicas, SETTINGS)

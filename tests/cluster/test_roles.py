@@ -7,6 +7,7 @@ import stat
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import pytest
 from cluster.access import Access
 from cluster.client import End, Piece, Question, Unreachable, connected
 from cluster.config import AttentionSettings, KvSettings, Settings, load_settings
+from cluster.expert_moves import Move, MoveKind
 from cluster.local import ask_here
-from cluster.members import Change, DeploymentError, Listening, Peers, Process, Snapshot
+from cluster.members import Change, DeploymentError, Listening, Peers, Process, Rebalance, Snapshot
 from cluster.roles import Place, Serve, Serving, engine_config, load_role
 from cluster.supervisor import Supervisor
 from cluster.topology import ActorSpec, Role, Room, plan_topology
@@ -93,6 +95,9 @@ class Nobody:
 
     async def drain_node(self, node: str) -> Change:
         raise AssertionError("nobody drains here")
+
+    async def rebalance(self, dry_run: bool) -> Rebalance:
+        raise AssertionError("nobody moves experts here")
 
 
 class OneMachine:
@@ -332,6 +337,34 @@ async def test_a_deployment_scales_while_a_stream_runs(
         assert (await supervisor.changes.drain("attention-0")).removed == ("attention-0",)
         again = [frame async for frame in client.ask(Question(prompt=PROMPT, max_tokens=60))]
     assert [t for f in again if isinstance(f, Piece) for t in f.token_ids] == expected
+
+
+async def test_experts_move_while_a_stream_runs(settings: Settings, socket_folder: Path) -> None:
+    expected = tiny_model.model().generate(PROMPT, max_tokens=60)
+    load, drop = (partial(Move, kind) for kind in (MoveKind.LOAD, MoveKind.DROP))
+    there = [load("expert-1-0", 0), load("expert-0-0", 3), drop("expert-0-0", 0)]
+    there += [drop("expert-1-0", 3)]
+    back = [Move(MoveKind.DROP, load.replica, load.expert) for load in there[:2]]
+    back = [load("expert-0-0", 0), load("expert-1-0", 3), *back]
+    async with (
+        deployed_here(settings, socket_folder) as (at, supervisor),
+        connected(Access(at)) as client,
+    ):
+        frames = aiter(client.ask(Question(prompt=PROMPT, max_tokens=60)))
+        first = await anext(frames)
+        for moves, held in ((there, [(1, 3), (0, 2)]), (back, [(0, 1), (2, 3)])) * 3:
+            await supervisor.changes.shift.carry_out(moves)
+            members = (await supervisor.snapshot()).members
+            replicas = [member for member in members if member.spec.role is Role.EXPERT]
+            assert [member.spec.experts for member in replicas] == held
+            assert [tuple(member.stats.expert.expert_ids) for member in replicas] == held
+        tokens = [
+            t
+            for f in (first, *[f async for f in frames])
+            if isinstance(f, Piece)
+            for t in f.token_ids
+        ]
+    assert tokens == expected
 
 
 async def test_a_router_comes_back_where_it_was(

@@ -25,7 +25,7 @@ from services.attention.engine import EngineConfig
 from services.attention.local import LocalExperts
 from services.attention.scheduler import SchedulerLimits
 from services.attention.server import AttentionWorker, AttentionWorkerConfig
-from services.gateway.operations import Change
+from services.gateway.operations import Change, ExpertMove, Rebalance
 from services.gateway.server import GatewayConfig, GatewayServer
 from services.gateway.store import StoreAddress
 from services.gateway.topology import Member, Topology
@@ -71,6 +71,11 @@ class StagedOperations:
 
     async def drain_node(self, node: str) -> Change:
         return self._done("drain_node", node)
+
+    async def rebalance(self, dry_run: bool) -> Rebalance:
+        self._done("rebalance", dry_run)
+        moves = (ExpertMove("expert-0-1", 3, is_drop=False), ExpertMove("expert-1-1", 3, True))
+        return Rebalance(4, moves, balance_before=0.5, balance_after=0.875)
 
     def _done(self, *asked: object) -> Change:
         self.asked.append(asked)

@@ -58,6 +58,23 @@ async def test_a_drain_is_passed_on(deployment: Deployment) -> None:
         await deployment.control.Drain(control_pb2.DrainRequest())
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+async def test_a_rebalance_tells_its_moves_and_the_balance(
+    deployment: Deployment, dry_run: bool
+) -> None:
+    answer = await deployment.control.Rebalance(control_pb2.RebalanceRequest(dry_run=dry_run))
+    assert deployment.operations.asked == [("rebalance", dry_run)]
+    load = control_pb2.ExpertMove(
+        kind=control_pb2.EXPERT_MOVE_KIND_LOAD, replica="expert-0-1", expert=3
+    )
+    drop = control_pb2.ExpertMove(
+        kind=control_pb2.EXPERT_MOVE_KIND_DROP, replica="expert-1-1", expert=3
+    )
+    assert answer == control_pb2.RebalanceResponse(
+        epoch=4, moves=[load, drop], balance_before=0.5, balance_after=0.875
+    )
+
+
 @pytest.mark.parametrize(
     ("why", "status"),
     [
@@ -74,6 +91,7 @@ async def test_why_nothing_changed_is_told_with_its_status(
     deployment.operations.fails_with = why
     for call in (
         deployment.control.Drain(control_pb2.DrainRequest(actor="x")),
+        deployment.control.Rebalance(control_pb2.RebalanceRequest()),
         deployment.control.Scale(
             control_pb2.ScaleRequest(attention=control_pb2.ScaleAttention(replicas=1))
         ),
