@@ -17,7 +17,7 @@ import torch
 from model1.config import AttentionKind, ModelConfig
 from model1.fp8 import Fp8IndexKey, Fp8Record, RowRecord
 
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 """Raised by every change after which the same tokens leave other bits in the KV state."""
 
 

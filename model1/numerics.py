@@ -10,6 +10,8 @@ show (measured on torch 2.13, x86-64, one thread; `tests/model1/test_numerics.py
 * bfloat16 ones, and all with packed weights, do for single rows where the sums are longer than
   1,024; plain bfloat16 ones also wherever the whole product has at most 4,096 multiplications:
   rows are added until it is neither;
+* products with `HalfMatrix` treat the last one or two rows in another way than the rest, unless
+  there are a multiple of three (with AVX2; 1 to 600 rows were tried): rows are added;
 * float32 `sigmoid`, `silu` and `softplus` round differently in the vector tail, so they are
   composed here from `exp`, `log1p` and division, which do not. `addcmul` and complex
   products have the same fault: multiply and add separately.
@@ -24,7 +26,9 @@ from torch import Tensor
 
 _MIN_ROWS = 4
 _packed_product = torch.ops.mkldnn._linear_pointwise.default
+_half_product = torch.ops.quantized.linear_dynamic_fp16.default
 _HALF_ENGINES = ("x86", "fbgemm")  # of torch's, with a float16 matrix product
+_HALF_ROWS = 3
 _PACKED_FOR_ROWS = 32  # a hint to oneDNN; measured best from 1 to 32 rows
 _LONG_SUM = 1024
 _SMALL_PRODUCT = 4096
@@ -33,14 +37,14 @@ _SMALL_MATRIX = 400
 
 @dataclass(frozen=True, slots=True)
 class HalfMatrix:
-    """A float32 matrix `[N, K]` kept in half the memory, without loss.
+    """A matrix `[N, K]` kept in float16, without loss.
 
-    `packed` is the matrix times a power of two, in float16, `unscale` the inverse of that power.
-    Products are float32 throughout, and row-invariant in all sizes that were tried.
+    `packed` is the matrix times a power of two, `unscale [1]` float32 the inverse of that power.
+    Products are float32 throughout, rounded to x's dtype at the end.
     """
 
     packed: torch.ScriptObject
-    unscale: float
+    unscale: Tensor
 
 
 PackedMatrix = Tensor | HalfMatrix
@@ -52,19 +56,22 @@ def pack(weight: Tensor) -> PackedMatrix:
     A plain weight is re-laid in every product, which for a few rows costs more than the product:
     packed, small batches run at the speed of reading the weight once (1.7 to 3 times as fast,
     README). The result's bits are `linear`'s own for packed weights in every batch, and in
-    bfloat16 those of the plain weight.
+    bfloat16 those of the plain weight where the CPU has a unit for them.
 
     A float32 weight whose values float16 can hold, as those of a bfloat16 checkpoint nearly
-    always are, is packed as a `HalfMatrix`: half of the reading again.
+    always are, is packed as a `HalfMatrix`: half of the reading again. So is a bfloat16 weight
+    where the CPU has no unit for them: torch's own products are then up to 20 times as slow.
     """
     if weight.device.type != "cpu":
         return weight
-    if weight.dtype == torch.float32 and (half := _packed_half(weight.detach())) is not None:
-        return half
-    supported = torch.backends.mkldnn.is_available()
-    if weight.dtype == torch.bfloat16:
-        supported = supported and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if not supported:
+    has_unit = torch.backends.mkldnn.is_available() and (
+        weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    if weight.dtype == torch.float32 or not has_unit:
+        half = _packed_half(weight.detach().float())
+        if half is not None:
+            return half
+    if not has_unit:
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACKED_FOR_ROWS)
     return packed
@@ -80,15 +87,23 @@ def _packed_half(weight: Tensor) -> HalfMatrix | None:
     scaled = weight * scale
     if not torch.equal(scaled.half().float(), scaled):
         return None
-    return HalfMatrix(torch.ops.quantized.linear_prepack_fp16(scaled, None), 1.0 / scale)
+    return HalfMatrix(
+        torch.ops.quantized.linear_prepack_fp16(scaled, None), torch.tensor([1.0 / scale])
+    )
 
 
 def linear(x: Tensor, weight: PackedMatrix) -> Tensor:
     """`x [T, K] @ weight [N, K]^T -> [T, N]`, dtype of both; `weight` plain or from `pack`."""
     rows = x.shape[0]
     if isinstance(weight, HalfMatrix):
-        product: Tensor = torch.ops.quantized.linear_dynamic_fp16(x * weight.unscale, weight.packed)
-        return product
+        spare = -rows % _HALF_ROWS
+        if rows == 1:
+            x, spare = x.expand(_HALF_ROWS, -1), 0
+        scaled = x * weight.unscale  # float32, also if x is not
+        if spare:
+            scaled = torch.constant_pad_nd(scaled, (0, 0, 0, spare))
+        product: Tensor = _half_product(scaled, weight.packed)
+        return product[:rows].to(x.dtype)
     if weight.is_mkldnn:
         padded = max(rows, _MIN_ROWS) if x.shape[1] > _LONG_SUM else rows
         if padded > rows:
