@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.chaos.nodes import LocalNodes, children, send
-from cluster.chaos.plan import NODE_FAULTS, Fault
+from cluster.chaos.plan import HELD_SECONDS, NODE_FAULTS, Fault
 from cluster.client import Client, RequestFailed, Unreachable, named_failures
 from cluster.topology import Role
 from protos import control_pb2, control_pb2_grpc
@@ -53,6 +53,7 @@ class Injector:
     ) -> None:
         self._client = client
         self._nodes = nodes
+        self._control: Any = control_pb2_grpc.ControlStub(client.channel)
         self._grows: dict[int, bool] = {}  # expert groups
         self._draw = random.Random(f"faults {seed}")
         self._patience_seconds = patience_seconds
@@ -61,6 +62,8 @@ class Injector:
         """Raises `NotRecovered`."""
         if fault in NODE_FAULTS:
             return await self._lose_node(fault)
+        if fault is Fault.HOLD_EXPERT_DEAD:
+            return await self._hold_expert_dead()
         begun = time.monotonic()
         target = await self._do(fault)
         ended = time.monotonic()
@@ -145,14 +148,34 @@ class Injector:
             self._grows[group] = now == MIN_REPLICAS
         replicas = now + 1 if self._grows.setdefault(group, True) else now - 1
         workers = {member.name: member.pid for member in await self._members(Role.ATTENTION)}
-        wanted = control_pb2.ScaleExperts(replicas=replicas, group=group)
-        with named_failures(self._client.endpoint):
-            control: Any = control_pb2_grpc.ControlStub(self._client.channel)
-            await control.Scale(control_pb2.ScaleRequest(experts=wanted))
+        await self._scale(group, replicas)
         for member in await self._members(Role.ATTENTION):
             if member.pid != workers.get(member.name):
                 raise NotRecovered(f"scaling experts replaced {member.name}")
         return f"group {group}: {now} to {replicas}"
+
+    async def _scale(self, group: int, replicas: int) -> None:
+        wanted = control_pb2.ScaleExperts(replicas=replicas, group=group)
+        with named_failures(self._client.endpoint):
+            await self._control.Scale(control_pb2.ScaleRequest(experts=wanted))
+
+    async def _hold_expert_dead(self) -> Injected:
+        """Killed, and then taken out, or the supervisor would start it again at once. As long
+        before that nothing happens."""
+        await asyncio.sleep(HELD_SECONDS)
+        experts = await self._members(Role.EXPERT)
+        member = self._draw.choice(experts)
+        begun = time.monotonic()
+        send(member.pid, signal.SIGKILL)
+        with named_failures(self._client.endpoint):
+            await self._control.Drain(control_pb2.DrainRequest(actor=member.name))
+        await asyncio.sleep(begun + HELD_SECONDS - time.monotonic())
+        ended = time.monotonic()
+        alike = sum(each.expert_group == member.expert_group for each in experts)
+        await self._scale(member.expert_group, alike)
+        return Injected(
+            Fault.HOLD_EXPERT_DEAD, member.name, begun, ended, await self._until_whole(_is_whole)
+        )
 
     async def _drawn(self, role: Role) -> control_pb2.Member:
         return self._draw.choice(await self._members(role))

@@ -14,10 +14,13 @@ class Fault(StrEnum):
     KILL_STORE = "kill-store"
     KILL_REDIS = "kill-redis"
     SCALE_EXPERTS = "scale-experts"
+    HOLD_EXPERT_DEAD = "hold-expert-dead"
     KILL_NODE = "kill-node"
     FREEZE_NODE = "freeze-node"
 
 
+# What is measured beside an equally long time without it.
+HELD_SECONDS = 30.0
 # Of whole machines: they need more than one node.
 NODE_FAULTS = (Fault.KILL_NODE, Fault.FREEZE_NODE)
 

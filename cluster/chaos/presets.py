@@ -13,6 +13,7 @@ from cluster.chaos.verdicts import (
     recovery,
     slowed_tail,
     stall,
+    throughput,
 )
 
 
@@ -41,7 +42,7 @@ def _topology(workers: int, groups: int, replicas: int) -> dict[str, int]:
 # Of everything that is killed there is another one, but for what is one a node.
 SOAK = Preset(
     words="everything at random",
-    faults=tuple(fault for fault in Fault if fault not in NODE_FAULTS),
+    faults=tuple(fault for fault in Fault if fault not in (*NODE_FAULTS, Fault.HOLD_EXPERT_DEAD)),
     max_faults=None,
     topology=_topology(2, 2, 2),
     minutes=10.0,
@@ -69,6 +70,13 @@ PRESETS = {
         max_faults=20,
         topology=_topology(1, 2, 1),
         judges=(stall(Fault.KILL_EXPERT, 0.5, None), recovery(Fault.KILL_EXPERT, None)),
+    ),
+    "dead-expert": Preset(
+        words="one replica of eight is dead for a while, again and again",
+        faults=(Fault.HOLD_EXPERT_DEAD,),
+        max_faults=6,
+        topology=_topology(1, 2, 4),
+        judges=(throughput(0.98), stall(Fault.HOLD_EXPERT_DEAD, 0.99, None)),
     ),
     "kill-front": Preset(
         words="routers and attention workers die, one of each on each of two nodes",

@@ -1,5 +1,7 @@
 """What a run came to beside what it was meant to come to. Plain values."""
 
+import statistics
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -109,6 +111,28 @@ def slowed_tail(settle_seconds: float, *, factor: float) -> Callable[[Report], V
             f"{ratio:.2f}x",
             f"{factor:g}x",
             ratio <= factor if then and steady else False,
+        )
+
+    return judge
+
+
+def throughput(target: float) -> Callable[[Report], Verdict]:
+    """While a replica is dead, beside the equally long time before: the median of the pairs."""
+
+    def judge(report: Report) -> Verdict:
+        ends = sorted(end for _, end in _gaps(report))
+        ratios = []
+        for each in report.of(Fault.HOLD_EXPERT_DEAD):
+            seconds = each.ended - each.at
+            before = bisect(ends, each.at) - bisect(ends, each.at - seconds)
+            ratios.append((bisect(ends, each.ended) - bisect(ends, each.at)) / max(1, before))
+        ratio = statistics.median(ratios) if ratios else 0.0
+        told = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        return Verdict(
+            f"tokens/s with a dead replica, beside those before (pairs: {told})",
+            f"{ratio:.3f}x",
+            f"{target:g}x",
+            ratio >= target,
         )
 
     return judge

@@ -16,6 +16,7 @@ from cluster.chaos.verdicts import (
     recovery,
     slowed_tail,
     stall,
+    throughput,
 )
 
 NO_COUNTS = Counts()
@@ -75,6 +76,14 @@ def test_blocks_that_were_never_there_prove_nothing() -> None:
     assert kept_blocks(report(counts=Counts(blocks_before=5))).is_met
     assert not kept_blocks(report(counts=Counts(blocks_before=5, blocks_lost=1))).is_met
     assert not kept_blocks(report()).is_met
+
+
+def test_tokens_while_a_replica_is_dead_count_beside_those_of_the_time_before() -> None:
+    dead = injected(Fault.HOLD_EXPERT_DEAD, 10.0, 20.0, 21.0)
+    before = [0.0, *(float(at) for at in range(1, 11))]
+    assert throughput(0.9)(report([*before, *range(11, 20)], [dead])).measured == "0.900x"
+    assert not throughput(0.98)(report([*before, *range(11, 20)], [dead])).is_met
+    assert not throughput(0.98)(report(before)).is_met  # nothing was shown
 
 
 def test_what_is_computed_again_is_told_by_continuation() -> None:
