@@ -24,7 +24,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from cluster.config import Settings
+from cluster.config import ClusterSettings, Settings
 from cluster.expert_shift import Shift
 from cluster.machines import RayMachines, on_node
 from cluster.members import (
@@ -39,9 +39,10 @@ from cluster.members import (
 )
 from cluster.priority import let_others_go_first, serve_first
 from cluster.ray_session import Hosts
-from cluster.roles import Place, Serve, Serving, load_role
+from cluster.roles import Place, Serve, Serving, import_role, load_role
+from cluster.spares import Spares
 from cluster.supervisor import Patience, Rebalancing, Supervisor
-from cluster.topology import ActorSpec, Topology
+from cluster.topology import ActorSpec, Role, Topology
 from model1.errors import ModelError
 from protos.control_pb2 import RoleStats
 from services.errors import ServiceError
@@ -52,6 +53,7 @@ from services.tokens import TokensUnusable
 log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+Loaded = TypeVar("Loaded")
 
 # Between two questions to a process that Ray cannot reach and does not know to be dead.
 CUT_OFF_RETRY_SECONDS = 0.5
@@ -135,9 +137,13 @@ class SupervisorProcess:
         own_handle = SupervisorHandle(ray.get_runtime_context().current_actor)
         cluster = settings.cluster
         machines = RayMachines(hosts, cluster.slot_timeout_seconds)
+        start = partial(RemoteActor.start, settings, machines, own_handle, lifetime)
+        # An actor with a name of Ray's is that actor for good.
+        may_spare = lifetime is ends_with_us
+        spares = Spares(_spare_roles(cluster) if may_spare else (), partial(_waiting, start))
         self._supervisor = Supervisor(
             topology,
-            partial(RemoteActor.create, settings, machines, own_handle, lifetime),
+            partial(RemoteActor.create, start, spares),
             _own_process(),
             machines,
             Patience(
@@ -187,25 +193,36 @@ class SupervisorProcess:
 class RemoteActor:
     """A role's process as the supervisor sees it: the `Actor` protocol over a Ray handle."""
 
-    def __init__(self, name: str, handle: Any) -> None:
+    def __init__(self, name: str, handle: Any, serves: Callable[[], None] = lambda: None) -> None:
+        """`serves` is called once it does."""
         self._name = name
         self._handle = handle
+        self._serves = serves
         self._was_killed = asyncio.Event()
 
     @classmethod
     def create(
-        cls,
+        cls, start: Callable[[ActorSpec], Any], spares: Spares, spec: ActorSpec
+    ) -> "RemoteActor":
+        handle = spares.take(spec)
+        if handle is None:
+            handle = start(spec)
+        else:
+            handle.become.remote(spec)  # the calls of one caller begin in their order
+        return cls(spec.name, handle, serves=partial(spares.replenish, spec))
+
+    @staticmethod
+    def start(
         settings: Settings,
         machines: RayMachines,
         supervisor: SupervisorHandle,
         lifetime: Lifetime,
         spec: ActorSpec,
-    ) -> "RemoteActor":
+    ) -> Any:
         remote: Any = ray.remote(max_restarts=0)(RoleProcess)
         place = machines.node(spec.node).place
         options = {**machines.options(spec), **lifetime(spec.name)}
-        handle = remote.options(**options).remote(spec, settings, place, supervisor)
-        return cls(spec.name, handle)
+        return remote.options(**options).remote(spec, settings, place, supervisor)
 
     async def known(self) -> Known:
         return await answer(self._name, self._handle.known.remote())
@@ -217,7 +234,9 @@ class RemoteActor:
         await answer(self._name, self._handle.load.remote(gently))
 
     async def serve(self, peers: Peers) -> Listening:
-        return await answer(self._name, self._handle.serve.remote(peers))
+        listening: Listening = await answer(self._name, self._handle.serve.remote(peers))
+        self._serves()
+        return listening
 
     async def update(self, peers: Peers) -> None:
         await answer(self._name, self._handle.update.remote(peers))
@@ -282,6 +301,13 @@ class RoleProcess:
     async def process(self) -> Process:
         return _own_process()
 
+    async def prepare(self) -> None:
+        """Whatever can be done before it is known who dies."""
+        await self._load(partial(import_role, self._spec.role), gently=True)
+
+    async def become(self, spec: ActorSpec) -> None:
+        self._spec = spec
+
     async def known(self) -> Known:
         listening = self._serving.listening if self._serving else None
         return Known(self._spec, _own_process(), listening, self._epoch)
@@ -290,6 +316,9 @@ class RoleProcess:
         load = partial(
             load_role, self._spec, self._settings, place=self._place, supervisor=self._supervisor
         )
+        self._serve = await self._load(load, gently=gently)
+
+    async def _load(self, load: Callable[[], Loaded], *, gently: bool) -> Loaded:
         if not gently:
             serve_first()
         # A thread of its own, since its priority may not be raised again.
@@ -298,7 +327,7 @@ class RoleProcess:
             _one_line_failures(self._spec.name),
             ThreadPoolExecutor(1, initializer=initializer) as thread,
         ):
-            self._serve = await asyncio.get_running_loop().run_in_executor(thread, load)
+            return await asyncio.get_running_loop().run_in_executor(thread, load)
 
     async def serve(self, peers: Peers) -> Listening:
         assert self._serve is not None, "load comes first"
@@ -335,6 +364,17 @@ class RoleProcess:
     async def stop(self, grace_seconds: float) -> None:
         if self._serving:
             await self._serving.stop(grace_seconds)
+
+
+def _spare_roles(cluster: ClusterSettings) -> set[Role]:
+    wanted = {Role.ROUTER: cluster.spare_routers, Role.EXPERT: cluster.spare_experts}
+    return {role for role, is_wanted in wanted.items() if is_wanted}
+
+
+def _waiting(start: Callable[[ActorSpec], Any], spec: ActorSpec) -> Any:
+    handle = start(spec)
+    handle.prepare.remote()
+    return handle
 
 
 def _own_process() -> Process:

@@ -228,6 +228,12 @@ class ClusterSettings(_Section):
     restart_timeout_seconds: float = Field(
         120.0, gt=0, description="without a role that serving needs; then the deployment ends"
     )
+    spare_routers: bool = Field(
+        True, description="a process a node that waits to take a dead router's place: some 100 MB"
+    )
+    spare_experts: bool = Field(
+        False, description="likewise of an expert replica, with a slot or a core: some 250 MB"
+    )
     node_timeout_seconds: float = Field(
         5.0, gt=0, description="without an answer of any actor there, until a node counts as lost"
     )

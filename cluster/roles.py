@@ -110,6 +110,19 @@ def load_role(
             return load_kv_store(spec.name, settings.kv, place, process_tls(settings.tls))
 
 
+def import_role(role: Role) -> None:
+    """What of `load_role` can be done before it is known which actor it is for. Blocks."""
+    match role:
+        case Role.ROUTER:
+            import services.router.server
+        case Role.EXPERT:
+            import services.expert.loading
+            import services.expert.server
+        case Role.ATTENTION:
+            import services.attention.loading
+            import services.attention.server  # noqa: F401
+
+
 def load_attention(name: str, settings: Settings, place: Place) -> Serve:
     from model1.checkpoint import checkpoint_digest
     from model1.kv_capacity import PoolCapacity

@@ -346,6 +346,7 @@ def _chaos(parsed: Arguments) -> None:
     # Any free port is good.
     defaults: dict[str, object] = {"gateway.port": 0}
     defaults |= {f"topology.{name}": value for name, value in preset.topology.items()}
+    defaults |= {f"cluster.{name}": value for name, value in preset.cluster.items()}
     settings = settings_of(parsed, defaults=defaults)
     if preset.num_nodes > 1 and settings.cluster.ray_address is not None:
         raise SettingsError(f"--preset {parsed.preset} starts nodes of its own: no --ray-address")

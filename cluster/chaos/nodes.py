@@ -61,7 +61,8 @@ def local_nodes(num_nodes: int) -> Iterator[LocalNodes]:
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
     }
-    cluster: Any = Cluster(initialize_head=True, head_node_args=head)
+    # Ray's own clean-up at exit is a signal handler, and nodes are added in other threads as well.
+    cluster: Any = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
     try:
         nodes = LocalNodes(cluster)
         for _ in range(num_nodes - 1):

@@ -19,12 +19,14 @@ from cluster.chaos.verdicts import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """`topology` are settings of that section. It ends after `max_faults`, or `minutes`."""
+    """`topology` and `cluster` are settings of those sections. It ends after `max_faults`, or
+    `minutes`."""
 
     words: str
     faults: Sequence[Fault]
     max_faults: int | None
     topology: Mapping[str, int]
+    cluster: Mapping[str, object] = field(default_factory=dict)
     minutes: float = 12.0
     pause_seconds: float = 1.0
     num_nodes: int = 1
@@ -62,6 +64,7 @@ PRESETS = {
         faults=(*[Fault.KILL_EXPERT] * 6, Fault.STOP_EXPERT),
         max_faults=120,
         topology=_topology(1, 2, 2),
+        cluster={"spare_experts": True},
         judges=(stall(Fault.KILL_EXPERT, 0.5, 0.1), stall(Fault.KILL_EXPERT, 0.99, 0.3)),
     ),
     "kill-last-expert": Preset(
@@ -69,6 +72,8 @@ PRESETS = {
         faults=(Fault.KILL_EXPERT,),
         max_faults=20,
         topology=_topology(1, 2, 1),
+        cluster={"spare_experts": True},
+        pause_seconds=8.0,
         judges=(stall(Fault.KILL_EXPERT, 0.5, None), recovery(Fault.KILL_EXPERT, None)),
     ),
     "dead-expert": Preset(

@@ -60,7 +60,9 @@ def test_every_key_can_be_set_by_its_environment_variable(key: str) -> None:
         **dict.fromkeys(("redis_password_file", "redis_ca_file"), "/somewhere/file"),
         **dict.fromkeys(("ca_file", "cert_file", "key_file"), "/somewhere/pem"),
         **dict.fromkeys(("token_file", "tokens_file"), "/somewhere/tokens"),
-        "require_client_certificate": "True",
+        **dict.fromkeys(("require_client_certificate", "spare_experts"), "True"),
+        "spare_routers": "False",
+        "gateways": "per_node",
     }
     value = values.get(name, "67108864" if name.endswith("_bytes") else "64")
     # Files that are of use only together.
