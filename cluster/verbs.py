@@ -343,8 +343,9 @@ def _chaos(parsed: Arguments) -> None:
     from cluster.chaos.run import chaos_run
 
     preset = PRESETS[parsed.preset] if parsed.preset else SOAK
-    # Any free port is good.
-    defaults: dict[str, object] = {"gateway.port": 0}
+    # Any free port is good. A step with a long piece of somebody's prompt in it would be a longer
+    # pause than most of what is measured here.
+    defaults: dict[str, object] = {"gateway.port": 0, "attention.max_batch_tokens": 96}
     defaults |= {f"topology.{name}": value for name, value in preset.topology.items()}
     defaults |= {f"cluster.{name}": value for name, value in preset.cluster.items()}
     settings = settings_of(parsed, defaults=defaults)
