@@ -48,7 +48,8 @@ def test_weights_and_kv_fit_and_the_comments_say_what_they_take(name: str) -> No
     num_in_group, rest = divmod(config.n_routed_experts, values["experts"]["groups"])
     assert rest == 0
     replica_bytes = num_in_group * expert_bytes
-    assert replica_bytes + LEAST_SPARE_BYTES <= gpu_bytes
+    copies = values["settings"]["cluster"]["expertRedundancy"]
+    assert replica_bytes * (1 + copies) + LEAST_SPARE_BYTES <= gpu_bytes
     assert trunk_bytes + attention["kvBytes"] + LEAST_SPARE_BYTES <= gpu_bytes
 
     capacity = PoolCapacity.within(
