@@ -42,7 +42,7 @@ class Rotations:
 
 @dataclass(frozen=True, slots=True)
 class _KeyTile:
-    """Keys `[B, K, d]` in the pool's dtype and who sees them, `bias [G, R, K]` float32.
+    """Keys `[B, K, d]` and who sees them, `bias [G, R, K]`; float32.
 
     B is G (keys shared by a sequence's queries) or G*R (keys of one query).
     """
@@ -104,25 +104,24 @@ def attention(
 def _attend(q: Tensor, tiles: list[_KeyTile], sink: Tensor) -> Tensor:
     """Softmax over all tiles' keys plus the sink: `q [G, R, H, d]` -> float32, same shape.
 
-    All in float32 (torch's own bfloat16 products are slow on a CPU without a unit for them). Tiles
-    are added one after the other; one that a query sees nothing of adds
-    exact zeros.
+    All in float32: torch's own bfloat16 products are slow on a CPU without a unit for them. Tiles
+    are added one after the other; one that a query sees nothing of adds exact zeros.
     """
     g, r, heads, d = q.shape
     q = q.float() * d**-0.5
-    keys_of_tile = [tile.keys.float() for tile in tiles]
     scores = []
-    for tile, keys in zip(tiles, keys_of_tile, strict=True):
-        dots = bmm(q.view(len(keys), -1, d), keys.mT)
+    for tile in tiles:
+        dots = bmm(q.view(len(tile.keys), -1, d), tile.keys.mT)
         scores.append(dots.view(g, r, heads, -1).add_(tile.bias.unsqueeze(2)))
     peak = scores[0].amax(dim=-1, keepdim=True)  # a query always sees itself: finite
     for s in scores[1:]:
         peak = torch.maximum(peak, s.amax(dim=-1, keepdim=True))
     total = torch.exp(sink.unsqueeze(-1) - peak)  # [G, R, H, 1]
     out: Tensor | None = None
-    for keys, s in zip(keys_of_tile, scores, strict=True):
+    for tile, s in zip(tiles, scores, strict=True):
         p = s.sub_(peak).exp_()
         total += p.sum(dim=-1, keepdim=True)
+        keys = tile.keys
         part = bmm(p.view(len(keys), -1, keys.shape[1]), keys).view(g, r, heads, d)
         out = part if out is None else out.add_(part)
     assert out is not None

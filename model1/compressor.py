@@ -43,7 +43,7 @@ def compress(
     """
     if plan.num_entries:
         new = x.index_select(0, plan.new_tokens)
-        rows = torch.cat([state.gather(plan.old_rows), new]).float()
+        rows = torch.cat([state.gather(plan.old_rows), new.float()])
         for weights, entries in compressors:
             pooled = _pooled(rows, weights, plan.sources).to(entries.dtype)
             entry = rotate_(rms_norm(pooled, weights.norm.weight, eps), entry_rotations)

@@ -112,7 +112,10 @@ class HotEntries:
         return HotRows(self, self.spec.layers.index(layer))
 
     def gather(self, rows: Tensor) -> Tensor:
-        """`rows [...]`, numbered through all units and layers -> `[..., width]` on the device."""
+        """`rows [...]`, numbered through all units and layers -> `[..., width]` on the device.
+
+        Bytes stay bytes; all else is float32.
+        """
         wanted = rows.flatten().cpu()
         device = self._hot.device
         if len(wanted) > self._slots.num_slots:
@@ -126,6 +129,7 @@ class HotEntries:
                     self._hot.index_copy_(0, torch.from_numpy(new_slots).to(device), new)
                 self._count(hits=len(wanted) - len(new_rows), misses=len(new_rows))
                 values = self._hot.index_select(0, torch.from_numpy(slots).to(device))
+        values = values.float() if values.is_floating_point() else values
         return values.view(*rows.shape, -1)
 
     def write(self, rows: Tensor, values: Tensor) -> None:

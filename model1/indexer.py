@@ -64,7 +64,7 @@ class IndexQueries:
         parts = []
         for first in range(0, num_blocks, step):
             blocks = tile.entry_blocks[:, first : min(first + step, num_blocks)]
-            keys = index_keys.gather_units(blocks).float()  # [G, E, d]
+            keys = index_keys.gather_units(blocks)  # [G, E, d]
             dots = bmm(q, keys.mT).relu_().view(g, -1, heads, keys.shape[1])
             parts.append((dots * a).sum(dim=2))
         return torch.cat(parts, dim=-1)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from model1.compiled import compiled, on_cpu
 from model1.config import AttentionKind
 from model1.fp8 import RowRecord
 from model1.kv_layout import ArraySpec
@@ -80,14 +81,14 @@ class KVRows(Protocol):
         """`numbers [N]`, `values [N, width]`."""
 
     def gather(self, numbers: Tensor) -> Tensor:
-        """`numbers [...] -> [..., width]`."""
+        """`numbers [...] -> [..., width]`, float32 as all that is computed from them."""
 
     def gather_units(self, units: Tensor) -> Tensor:
         """All rows of units, one after the other: `units [G, B] -> [G, B * rows, width]`."""
 
 
 class Rows:
-    """`KVRows` that are kept as they are, `units [units, rows, width]`."""
+    """`KVRows` that are kept as they are, `units [units, rows, width]`. Bytes stay bytes."""
 
     def __init__(self, tensor: Tensor, place: int) -> None:
         _, layers, rows, _ = tensor.shape
@@ -96,19 +97,17 @@ class Rows:
         self.unit_stride = layers * rows
         self.dtype = tensor.dtype
         self._by_number = tensor.flatten(0, 2)[place * rows :]
-        self._by_unit = self.units.flatten(1)
 
     def write(self, numbers: Tensor, values: Tensor) -> None:
         self._by_number.index_copy_(0, numbers, values)
 
     def gather(self, numbers: Tensor) -> Tensor:
-        # NOTE: index_select copies whole rows; indexing by a tensor takes three times as long.
-        rows = self._by_number.index_select(0, numbers.flatten())
+        rows = taken(self._by_number, numbers.flatten(), 1, 1)
         return rows.view(*numbers.shape, rows.shape[-1])
 
     def gather_units(self, units: Tensor) -> Tensor:
-        rows = self._by_unit.index_select(0, units.flatten())
-        return rows.view(len(units), -1, self.units.shape[-1])
+        rows = taken(self._by_number, units.flatten(), self.unit_stride, self.per_unit)
+        return rows.view(len(units), -1, rows.shape[-1])
 
 
 class RecordRows:
@@ -125,10 +124,10 @@ class RecordRows:
         self.records.write(numbers, self._record.encode(values))
 
     def gather(self, numbers: Tensor) -> Tensor:
-        return self._record.decode(self.records.gather(numbers), self.dtype)
+        return self._record.decode(self.records.gather(numbers), self.dtype).float()
 
     def gather_units(self, units: Tensor) -> Tensor:
-        return self._record.decode(self.records.gather_units(units), self.dtype)
+        return self._record.decode(self.records.gather_units(units), self.dtype).float()
 
 
 class LayerKV:
@@ -160,3 +159,44 @@ class LayerKV:
         elif kind is AttentionKind.HCA:
             self.entries = rows_of("hca_entries")
             self.state = arrays["hca_state"].rows_of(layer)
+
+
+def _taken_cpu(table: Tensor, units: Tensor, stride: int, per_unit: int) -> Tensor:
+    if table.dtype is not torch.bfloat16:
+        return _taken_plain(table, units, stride, per_unit)
+    out = torch.empty(len(units) * per_unit, table.shape[1])
+    bits = table.view(torch.int16).numpy()
+    _widen_rows(bits, units.numpy(), stride, per_unit, out.numpy().view(np.int32))
+    return out
+
+
+def _taken_plain(table: Tensor, units: Tensor, stride: int, per_unit: int) -> Tensor:
+    if per_unit > 1 or stride > 1:
+        place = torch.arange(per_unit, device=units.device)
+        units = (units.unsqueeze(-1) * stride + place).flatten()
+    # NOTE: index_select copies whole rows; indexing by a tensor takes three times as long.
+    rows = table.index_select(0, units)
+    return rows.float() if rows.is_floating_point() else rows
+
+
+@on_cpu(_taken_cpu)
+def taken(table: Tensor, units: Tensor, stride: int, per_unit: int) -> Tensor:
+    """Rows `[unit * stride, + per_unit)` of the table for each of `units [N]`, float32."""
+    return _taken_plain(table, units, stride, per_unit)
+
+
+@compiled
+def _widen_rows(
+    table: npt.NDArray[np.int16],
+    units: npt.NDArray[np.int64],
+    stride: int,
+    per_unit: int,
+    out: npt.NDArray[np.int32],
+) -> None:
+    """A bfloat16's bits are the upper half of the same float32's."""
+    width = table.shape[1]
+    for n in range(len(units)):
+        for place in range(per_unit):
+            row, to = units[n] * stride + place, n * per_unit + place
+            for i in range(width):
+                out[to, i] = np.int32(table[row, i]) << 16

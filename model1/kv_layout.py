@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import torch
 
+from model1.compiled import COMPILER
 from model1.config import AttentionKind, ModelConfig
 from model1.fp8 import Fp8IndexKey, Fp8Record, RowRecord
 
-NUMERICS_VERSION = 4
+NUMERICS_VERSION = 5
 """Raised by every change after which the same tokens leave other bits in the KV state."""
 
 
@@ -160,7 +161,7 @@ class KVLayout:
 
         Covers shapes, dtypes, the format and `NUMERICS_VERSION`, and what else the bits of a
         computation hang on: the device type, torch's version and, on a CPU, its vector
-        instructions.
+        instructions and what compiles for it.
         """
         on_cpu = device.type == "cpu"
         facts = {
@@ -177,6 +178,7 @@ class KVLayout:
             "device": device.type,
             "machine": platform.machine(),
             "vectors": torch.backends.cpu.get_cpu_capability() if on_cpu else "",
+            "compiler": COMPILER if on_cpu else "",
         }
         encoded = json.dumps(facts, sort_keys=True).encode()
         return hashlib.blake2b(encoded, digest_size=16).digest()

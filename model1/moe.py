@@ -6,10 +6,14 @@ sequences nor KV, and can therefore run in any process, on any replica (design r
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from model1.compiled import Floats, compiled, floats, on_cpu
 from model1.config import ModelConfig
 from model1.modules import ExpertLayerWeights, GateWeights, SharedExpertWeights
 from model1.numerics import linear, softplus, swiglu
@@ -36,16 +40,47 @@ def route(
 
     All in float32 (trap T12). Ties in the choice go to the lowest expert id.
     """
-    scores = softplus(linear(x.float(), gate.weight)).sqrt()  # [T, E]
+    logits = linear(x.float(), gate.weight)  # [T, E]
+    scale, k = config.routed_scaling_factor, config.num_experts_per_tok
     if gate.is_hashed:
-        chosen = gate.tid2eid[token_ids]
-    else:
-        ranked = torch.sort(scores + gate.bias, dim=-1, descending=True, stable=True).indices
-        chosen = ranked[:, : config.num_experts_per_tok]
+        return weigh_experts(logits, gate.tid2eid[token_ids], scale)
+    return choose_experts(logits, gate.bias, k, scale)
+
+
+def _choose_experts_cpu(
+    logits: Tensor, bias: Tensor, k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    ids = torch.empty(len(logits), k, dtype=torch.int32)
+    weights = torch.empty(len(logits), k)
+    _choose_rows(floats(logits), floats(bias), np.float32(scale), ids.numpy(), weights.numpy())
+    return ids, weights
+
+
+@on_cpu(_choose_experts_cpu)
+def choose_experts(logits: Tensor, bias: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The k experts of the largest score + bias, and what `weigh_experts` says of them."""
+    ranked = torch.sort(
+        softplus(logits).sqrt_() + bias, dim=-1, descending=True, stable=True
+    ).indices
+    return _weigh_experts(logits, ranked[:, :k], scale)
+
+
+def _weigh_experts_cpu(logits: Tensor, chosen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    ids = chosen.to(torch.int32).contiguous()
+    weights = torch.empty(ids.shape)
+    _weigh_rows_(floats(logits), np.float32(scale), ids.numpy(), weights.numpy())
+    return ids, weights
+
+
+def _weigh_experts(logits: Tensor, chosen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`logits [T, E]`, `chosen [T, k]` -> the chosen ascending, int32, and their weights."""
     ids = chosen.sort(dim=-1).values
-    weights = scores.gather(1, ids)
+    weights = softplus(logits).sqrt_().gather(1, ids)
     weights /= weights.sum(dim=-1, keepdim=True).add_(1e-20)
-    return ids.to(torch.int32), weights.mul_(config.routed_scaling_factor)
+    return ids.to(torch.int32), weights.mul_(scale)
+
+
+weigh_experts = on_cpu(_weigh_experts_cpu)(_weigh_experts)
 
 
 def shared_expert(x: Tensor, weights: SharedExpertWeights, limit: float) -> Tensor:
@@ -129,18 +164,19 @@ class ExpertBank(nn.Module):
             `[P, D]` model dtype. An output row depends on its own pair alone.
         """
         held = self._weights[layer]
-        order = expert_ids.argsort(stable=True)
-        counts = torch.bincount(expert_ids, minlength=self.config.n_routed_experts).tolist()
+        experts = expert_ids.tolist()
+        if not experts:
+            return rows[:0]
+        by_expert = sorted(range(len(experts)), key=experts.__getitem__)  # stable
         groups: list[tuple[int, int, int]] = []  # (slot, start, end) into the sorted pairs
         start = 0
-        for expert, count in enumerate(counts):
-            if count:
-                slot = self._slot_of_expert[expert]
-                assert slot >= 0, f"this bank does not hold expert {expert}"
-                groups.append((slot, start, start + count))
-                start += count
-        if not groups:
-            return rows[:0]
+        for expert, pairs in groupby(by_expert, key=experts.__getitem__):
+            slot = self._slot_of_expert[expert]
+            assert slot >= 0, f"this bank does not hold expert {expert}"
+            end = start + len(list(pairs))
+            groups.append((slot, start, end))
+            start = end
+        order = torch.tensor(by_expert, device=rows.device)
         x = rows.index_select(0, row_index.index_select(0, order))  # [P, D]
         gate_up = torch.cat([linear(x[a:b], held.w13[slot]) for slot, a, b in groups])  # [P, 2*I]
         hidden = swiglu(gate_up, self.config.swiglu_limit)
@@ -161,3 +197,44 @@ def local_sum(bank: ExpertBank, call: ExpertCall) -> Tensor:
         call.weights.flatten(),
     )
     return combine(pairs.unflatten(0, (tokens, k)))
+
+
+@compiled
+def _score(logit: np.float32) -> np.float32:
+    soft = np.log1p(np.exp(-abs(logit))) + max(logit, np.float32(0.0))  # trap T11
+    return np.float32(np.sqrt(soft))
+
+
+@compiled
+def _choose_rows(
+    logits: Floats,
+    bias: Floats,
+    scale: np.float32,
+    ids: npt.NDArray[np.int32],
+    weights: Floats,
+) -> None:
+    tokens, num_experts = logits.shape
+    ranks = np.empty(num_experts, np.float32)
+    for t in range(tokens):
+        for expert in range(num_experts):
+            ranks[expert] = _score(logits[t, expert]) + bias[expert]
+        for place in range(ids.shape[1]):
+            best = ranks.argmax()
+            ids[t, place] = best
+            ranks[best] = -np.inf
+    _weigh_rows_(logits, scale, ids, weights)
+
+
+@compiled
+def _weigh_rows_(
+    logits: Floats, scale: np.float32, ids: npt.NDArray[np.int32], weights: Floats
+) -> None:
+    """Puts `ids` in ascending order."""
+    for t in range(len(ids)):
+        ids[t].sort()
+        total = np.float32(0.0)
+        for place in range(ids.shape[1]):
+            weights[t, place] = _score(logits[t, ids[t, place]])
+            total += weights[t, place]
+        for place in range(ids.shape[1]):
+            weights[t, place] = weights[t, place] / (total + np.float32(1e-20)) * scale

@@ -20,13 +20,17 @@ show (measured on torch 2.13, x86-64, one thread; `tests/model1/test_numerics.py
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model1.compiled import Floats, compiled, floats, on_cpu
+
 _MIN_ROWS = 4
 _packed_product = torch.ops.mkldnn._linear_pointwise.default
-_half_product = torch.ops.quantized.linear_dynamic_fp16.default
+# The operator itself: its wrapper looks through all arguments, which takes as long as a product.
+_half_product = torch.ops.quantized.linear_dynamic_fp16.default._op
 _HALF_ENGINES = ("x86", "fbgemm")  # of torch's, with a float16 matrix product
 _HALF_ROWS = 3
 _PACKED_FOR_ROWS = 32  # a hint to oneDNN; measured best from 1 to 32 rows
@@ -136,6 +140,16 @@ def _padded_rows(rows: int, sum_length: int, products_per_row: int, dtype: torch
     return max(rows, _SMALL_PRODUCT // products_per_row + 1)
 
 
+def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    width = x.shape[-1]
+    out = torch.empty(x.shape)
+    weights = floats(weight).reshape(-1, width)
+    rows = floats(x.float()).reshape(-1, width)
+    _rms_norm_rows(rows, weights, np.float32(eps), out.numpy().reshape(-1, width))
+    return out.to(x.dtype)
+
+
+@on_cpu(_rms_norm_cpu)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension: float32 inside, one rounding to `x.dtype` at the end.
 
@@ -166,3 +180,15 @@ def swiglu(gate_up: Tensor, limit: float) -> Tensor:
     """
     gate, up = gate_up.float().chunk(2, dim=-1)
     return silu(gate.clamp_max(limit)).mul_(up.clamp(-limit, limit))
+
+
+@compiled
+def _rms_norm_rows(x: Floats, weights: Floats, eps: np.float32, out: Floats) -> None:
+    rows, width = x.shape
+    for row in range(rows):
+        squares = np.float32(0.0)
+        for i in range(width):
+            squares += x[row, i] * x[row, i]
+        inverse = np.float32(1.0) / np.sqrt(squares / np.float32(width) + eps)
+        for i in range(width):
+            out[row, i] = x[row, i] * inverse * weights[row % len(weights), i]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model1.compiled import Floats, compiled, floats, on_cpu
 from model1.config import ModelConfig, YarnConfig
 
 
@@ -46,6 +47,17 @@ class Rotation(NamedTuple):
         return Rotation(self.cos, -self.sin)
 
 
+def _rotate_cpu_(x: Tensor, by: Rotation) -> Tensor:
+    r = by.cos.shape[-1]
+    tail = x[..., -r:]
+    turned = tail.float().contiguous()
+    heads = turned.numpy().reshape(len(x), math.prod(x.shape[1:-1]), r)
+    _rotate_rows_(heads, floats(by.cos), floats(by.sin))
+    tail.copy_(turned)
+    return x
+
+
+@on_cpu(_rotate_cpu_)
 def rotate_(x: Tensor, by: Rotation) -> Tensor:
     """Turn the trailing `r` dimensions of `x [T, ..., d]` in place; returns `x`.
 
@@ -79,3 +91,14 @@ def _inverse_frequencies(theta: float, dim: int, yarn: YarnConfig | None) -> Ten
     stretched = 1.0 / (yarn.factor * powers)
     keep = 1 - ramp  # twice over, as transformers writes it: the same bits
     return stretched * (1 - keep) + plain * keep
+
+
+@compiled
+def _rotate_rows_(x: Floats, cos: Floats, sin: Floats) -> None:
+    tokens, heads, r = x.shape
+    for t in range(tokens):
+        for h in range(heads):
+            for i in range(0, r, 2):
+                even, odd = x[t, h, i], x[t, h, i + 1]
+                x[t, h, i] = even * cos[t, i] + odd * sin[t, i]
+                x[t, h, i + 1] = odd * cos[t, i + 1] + even * sin[t, i + 1]
