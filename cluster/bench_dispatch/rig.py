@@ -100,15 +100,16 @@ async def opened_rig(directory: Path, folder: Path) -> AsyncIterator[Rig]:
     middle = math.ceil(num_experts / NUM_REAL)
     async with AsyncExitStack() as stack:
 
-        async def replica(kind: str, first: int, end: int) -> tuple[Child, str]:
+        async def start(kind: str, first: int, end: int) -> Child:
             arguments = (kind, str(directory), str(first), str(end))
-            child = await stack.enter_async_context(
-                started(f"{_PACKAGE}.replica_process", *arguments)
-            )
-            return child, (await child.listen()).strip()
+            module = f"{_PACKAGE}.replica_process"
+            return await stack.enter_async_context(started(module, *arguments))
 
-        real = [await replica("real", 0, middle), await replica("real", middle, num_experts)]
-        emulated = [await replica("emulated", 0, num_experts) for _ in range(NUM_EMULATED)]
+        halves = [await start("real", 0, middle), await start("real", middle, num_experts)]
+        copies = [await start("emulated", 0, num_experts) for _ in range(NUM_EMULATED)]
+        # All load at the same time.
+        real = [(child, (await child.listen()).strip()) for child in halves]
+        emulated = [(child, (await child.listen()).strip()) for child in copies]
         address = f"unix:{folder}/router.sock"
         router = await stack.enter_async_context(started(f"{_PACKAGE}.router_process", address))
         await router.listen()
