@@ -25,7 +25,7 @@ SLOWED_SECONDS = 15.0
 # Of each slice of time that a slowed process may use: a tenth.
 SLOWED_RUNS_SECONDS, SLOWED_RESTS_SECONDS = 0.005, 0.045
 MIN_REPLICAS, MAX_REPLICAS = 1, 4
-# After a node that was frozen goes on, for what it still has to say.
+# For what a node still has to say that was frozen and goes on.
 THAWED_SECONDS = 3.0
 
 
@@ -196,18 +196,16 @@ class Injector:
         computing = [*await self._members(Role.EXPERT), *await self._members(Role.ATTENTION)]
         node_id = self._draw.choice(sorted({member.node_id for member in computing} - own))
         begun = time.monotonic()
-        frozen: list[int] = []
         if fault is Fault.KILL_NODE:
             self._nodes.kill(node_id)
         else:
-            frozen = self._nodes.freeze(node_id)
+            self._nodes.freeze(node_id)
         try:
             noticed = await self._until_whole(lambda member: _has_left(member, node_id))
             recovered = await self._until_whole(lambda member: _computes_again(member, node_id))
         finally:
-            for pid in frozen:
-                send(pid, signal.SIGCONT)
-        await asyncio.sleep(THAWED_SECONDS if frozen else 0.0)
+            self._nodes.thaw()
+        await asyncio.sleep(THAWED_SECONDS)
         await asyncio.to_thread(self._nodes.replace, node_id)
         return Injected(fault, f"node {node_id[:6]}", begun, noticed, recovered)
 
