@@ -107,7 +107,9 @@ class Keeper:
         topology = self._roster.topology
         match spec.role:
             case Role.EXPERT:
-                alike = topology.replicas_of(spec.group)
+                now = topology.named(spec.name) or spec
+                ready = (r for r in topology.of_role(spec.role) if r.name in self._roster.ready)
+                return {e for replica in ready for e in replica.experts}.issuperset(now.experts)
             case Role.ATTENTION:
                 alike = topology.of_role(spec.role)
             case _:

@@ -222,7 +222,7 @@ def _train(parsed: Arguments) -> None:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_subparsers(dest="what", required=True, metavar="serve|dispatch|model|fp8|kv")
+    what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     words = "a deployment against one process, batch 32"
     serve = what.add_parser("serve", help=words, description=words)
     serve.add_argument("--pairs", type=positive, default=5, metavar="N", help="runs of each side")
@@ -250,6 +250,18 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of weights, that emulated replicas read",
     )
+    words = "experts whose load drifts in a live deployment: balance, gaps between tokens"
+    balance = what.add_parser("balance", help=words, description=words)
+    balance.add_argument("--drifts", type=positive, default=3, metavar="N", help="the start is one")
+    balance.add_argument(
+        "--every", type=seconds, default=60.0, metavar="T", help="between two drifts"
+    )
+    balance.add_argument("--replicas", type=positive, default=8, metavar="N", help="of experts")
+    balance.add_argument("--streams", type=positive, default=4, metavar="N", help="of tokens")
+    balance.add_argument(
+        "--crossings", type=positive, default=25, metavar="N", help="of 32 rows, a second"
+    )
+    balance.add_argument("--seed", type=seed, default=0, metavar="S")
     words = "the forward pass against transformers'"
     model = what.add_parser("model", help=words, description=words)
     model.add_argument("--steps", type=positive, default=20, metavar="N", help="timed, of each")
@@ -268,7 +280,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     kv.add_argument("--quick", action="store_true", help="short sessions, few repetitions")
     kv.add_argument("--plot", type=Path, metavar="FILE", help="write the curves as SVG or PNG")
-    for each in (serve, dispatch, model, fp8, kv):
+    for each in (serve, dispatch, balance, model, fp8, kv):
         add_format_flag(each)
 
 
@@ -293,6 +305,18 @@ def _bench(parsed: Arguments) -> None:
             gigabytes_per_second=parsed.gigabytes_per_second,
             as_json=wants_json(parsed),
         )
+    elif parsed.what == "balance":
+        from cluster.bench_balance.bench import Plan, bench_balance
+
+        plan = Plan(
+            drifts=parsed.drifts,
+            every_seconds=parsed.every,
+            replicas=parsed.replicas,
+            streams=parsed.streams,
+            crossings_per_second=parsed.crossings,
+            seed=parsed.seed,
+        )
+        bench_balance(plan, as_json=wants_json(parsed))
     elif parsed.what == "kv":
         from cluster.bench_kv.bench import PARTS, bench_kv
 

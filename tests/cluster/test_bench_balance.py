@@ -1,0 +1,72 @@
+"""The balance benchmark: its arithmetic, and the whole of it on a small scale."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from cluster.bench_balance.bench import split_gaps
+from cluster.bench_balance.windows import Balanced, Counted, balances, seconds_until_kept
+from cluster.bench_balance.zipf import DriftingExperts
+from cluster.chaos.traffic import Exchange
+from cluster.expert_shift import Shift
+
+
+def test_rows_have_different_experts_in_ascending_order_and_the_hot_ones_more_often() -> None:
+    drawn = DriftingExperts(32, 4, 1.2, seed=1)
+    ids = drawn.draw(2000)
+    assert ids.shape == (2000, 4)
+    assert ids.dtype == np.int32
+    assert (np.diff(ids, axis=1) > 0).all()
+    share = drawn.share_of_rows()
+    assert share.sum() == pytest.approx(4)
+    assert share.max() < 1
+    assert np.sort(share)[-8:].sum() > 2.5
+
+
+def test_after_a_drift_the_hot_experts_are_others() -> None:
+    drawn = DriftingExperts(32, 4, 1.2, seed=1)
+    before = np.argsort(-drawn.share_of_rows())[: drawn.num_hot]
+    drawn.drift()
+    after = np.argsort(-drawn.share_of_rows())[: drawn.num_hot]
+    assert len(before) == 8
+    assert len(set(before.tolist()) & set(after.tolist())) <= 2  # but for noise at the edge
+
+
+def test_a_balance_is_that_of_one_window() -> None:
+    readings = [Counted(float(t), {"a": 100 * t, "b": 50 * t, "new": t}) for t in range(4)]
+    readings += [Counted(float(t), {"a": 100 * t, "b": 50 * t + 300}) for t in range(4, 11)]
+    found = balances(readings)
+    assert [each.at for each in found] == [5, 6, 7, 8, 9, 10]
+    assert found[0].balance == pytest.approx(525 / 550)  # a got 500, b 550
+    assert found[-1].balance == pytest.approx(375 / 500)
+
+
+def test_a_balance_counts_from_when_it_is_kept() -> None:
+    values = [0.5, 0.95, 0.4, *([0.93] * 12)]
+    since = [Balanced(100.0 + t, value) for t, value in enumerate(values)]
+    assert seconds_until_kept(since, 99.0, 0.9) == 4.0
+    assert seconds_until_kept(since[:12], 99.0, 0.9) is None
+
+
+def test_gaps_are_those_with_moves_and_the_others_of_the_same_time() -> None:
+    exchange = Exchange(0, started=0.0, arrivals=[0.5, 1.5, 2.0, 3.5, 9.0, 10.0])
+    shifts = [Shift(1.8, 2.2, 4)]
+    assert split_gaps([exchange], shifts, 1.0, 9.5) == ([0.5, 1.5], [5.5])
+
+
+@pytest.mark.slow  # a deployment of five replicas' processes under load
+def test_experts_move_under_a_skewed_load_and_no_token_changes() -> None:
+    command = [sys.executable, "-m", "cluster.main", "bench", "balance", "--format", "json"]
+    flags = "--drifts 2 --every 30 --replicas 3 --streams 2 --crossings 12 --seed 5".split()
+    ran = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout)
+    assert report["wrong"] == report["failed"] == []
+    assert report["num_answers"] > 0
+    assert all(drift["num_moves"] > 0 for drift in report["drifts"])
+    for drift in report["drifts"]:
+        assert drift["settled_balance"] > max(0.8, drift["balance_at_once"])
+    assert report["gaps_moving"]["count"] > 0
