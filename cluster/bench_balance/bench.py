@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.access import access
+from cluster.bench_balance.crossings import CrossingLoad
 from cluster.bench_balance.report import TARGET, Drift, Gaps, Report, as_dict, print_tables
 from cluster.bench_balance.windows import (
     KEPT_SECONDS,
@@ -72,7 +73,7 @@ def bench_balance(plan: Plan, *, as_json: bool) -> None:
         print_tables(report)
     if report.wrong or report.failed:
         raise SidesDiffer(
-            f"{len(report.wrong)} wrong answers, {len(report.failed)} failed requests; again with "
+            f"{len(report.wrong)} wrong answers, {len(report.failed)} failures; again with "
             f"--seed {plan.seed}"
         )
 
@@ -102,10 +103,6 @@ def measure(directory: Path, plan: Plan, dtype: str = "bfloat16") -> Report:
 
 
 async def _measure(site: Site, plan: Plan, questions: Sequence[Question], machine: str) -> Report:
-    from cluster.bench_balance.crossings import CrossingLoad
-    from services.attention.experts import RoutedExperts
-    from services.expert.loading import DTYPES
-
     cancel_on_signals()
     settings = site.settings
     model = load_config(settings.model.path or shipped_model_dir())
@@ -117,13 +114,12 @@ async def _measure(site: Site, plan: Plan, questions: Sequence[Question], machin
         deployed(site) as deployment,
         connected(access(settings, deployment.endpoint)) as client,
     ):
-        experts = await RoutedExperts.open(await _router_address(client))
         load = CrossingLoad(
-            experts,
+            await _router_address(client),
             model,
             drawn,
             crossings_per_second=plan.crossings_per_second,
-            dtype=DTYPES[settings.model.dtype],
+            dtype=settings.model.dtype,
             seed=plan.seed,
         )
         traffic = Traffic(client.channel, questions, streams=plan.streams, seed=plan.seed)
@@ -143,7 +139,6 @@ async def _measure(site: Site, plan: Plan, questions: Sequence[Question], machin
             ended = time.monotonic()
             traffic.stop()
         shifts = await deployment.supervisor.shifts()
-        await experts.close()
     if load.num_late:
         _tell(f"{load.num_late} crossings were not sent: the machine did not keep up")
     found = balances(counted)
@@ -168,10 +163,11 @@ async def _measure(site: Site, plan: Plan, questions: Sequence[Question], machin
         moving_seconds=sum(shift.ended - shift.begun for shift in moving),
         gaps_moving=Gaps.of(gaps_moving),
         gaps_otherwise=Gaps.of(gaps_otherwise),
+        num_crossings=load.num_answered,
         num_answers=traffic.log.num_answered,
         num_tokens=traffic.log.num_tokens,
         wrong=tuple(traffic.log.wrong),
-        failed=tuple(traffic.log.failed),
+        failed=(*traffic.log.failed, *load.failed),
     )
 
 

@@ -52,10 +52,11 @@ class Report:
     moving_seconds: float  # in all
     gaps_moving: Gaps  # of those that have a part of a time in which experts moved
     gaps_otherwise: Gaps
+    num_crossings: int  # that were answered
     num_answers: int
     num_tokens: int
     wrong: tuple[str, ...]
-    failed: tuple[str, ...]
+    failed: tuple[str, ...]  # crossings and requests
 
 
 def as_dict(report: Report) -> dict[str, object]:
@@ -96,6 +97,7 @@ def print_tables(report: Report) -> None:
     ]
     print("\n" + text_table(("ms between two tokens", "gaps", "p50", "p99", "longest"), cells))
     print(
-        f"\n{report.num_answers} answers, {report.num_tokens} tokens, compared with one process:"
-        f" {len(report.wrong)} wrong, {len(report.failed)} failed"
+        f"\n{report.num_crossings} crossings; {report.num_answers} answers, {report.num_tokens}"
+        f" tokens, compared with one process: {len(report.wrong)} wrong;"
+        f" {len(report.failed)} failed"
     )

@@ -14,7 +14,7 @@ from model1.modules import packed
 from model1.moe import ExpertBank
 from services.expert.replica import ExpertReplica
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class HeldExperts:
@@ -27,7 +27,7 @@ class HeldExperts:
         """Reads the tensors of these experts and no others, and computes with each of them. Raises
         a `ModelError`."""
         self._name = name
-        self._reader = ExpertReader(directory, DTYPES[dtype], device)
+        self._reader = ExpertReader(directory, _DTYPES[dtype], device)
         self._one_at_a_time = asyncio.Lock()
         self.replica = ExpertReplica(name, self._read(expert_ids))
 

@@ -1,17 +1,37 @@
 """The balance benchmark: its arithmetic, and the whole of it on a small scale."""
 
 import json
-import subprocess
-import sys
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cluster.bench_balance.bench import split_gaps
+from cluster.bench_balance.bench import Plan, measure, split_gaps
+from cluster.bench_balance.report import as_dict
 from cluster.bench_balance.windows import Balanced, Counted, balances, seconds_until_kept
 from cluster.bench_balance.zipf import DriftingExperts
 from cluster.chaos.traffic import Exchange
 from cluster.expert_shift import Shift
+from model1 import shipped_model_dir
+from model1.bench import MINI, write_random_checkpoint
+
+# The mini model's experts and their number, the rest as small as it can be.
+SMALL = replace(
+    MINI,
+    hidden_size=64,
+    num_attention_heads=2,
+    head_dim=64,
+    qk_rope_head_dim=16,
+    q_lora_rank=32,
+    o_lora_rank=32,
+    attention_kinds=MINI.attention_kinds[:4],
+    hash_routed=MINI.hash_routed[:4],
+    index_n_heads=2,
+    index_head_dim=64,
+    moe_intermediate_size=32,
+)
 
 
 def test_rows_have_different_experts_in_ascending_order_and_the_hot_ones_more_often() -> None:
@@ -57,16 +77,20 @@ def test_gaps_are_those_with_moves_and_the_others_of_the_same_time() -> None:
     assert split_gaps([exchange], shifts, 1.0, 9.5) == ([0.5, 1.5], [5.5])
 
 
-@pytest.mark.slow  # a deployment of five replicas' processes under load
-def test_experts_move_under_a_skewed_load_and_no_token_changes() -> None:
-    command = [sys.executable, "-m", "cluster.main", "bench", "balance", "--format", "json"]
-    flags = "--drifts 2 --every 30 --replicas 3 --streams 2 --crossings 12 --seed 5".split()
-    ran = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=500)
-    assert ran.returncode == 0, ran.stderr
-    report = json.loads(ran.stdout)
-    assert report["wrong"] == report["failed"] == []
-    assert report["num_answers"] > 0
-    assert all(drift["num_moves"] > 0 for drift in report["drifts"])
-    for drift in report["drifts"]:
-        assert drift["settled_balance"] > max(0.8, drift["balance_at_once"])
-    assert report["gaps_moving"]["count"] > 0
+@pytest.mark.slow  # a deployment of eight processes under load
+@pytest.mark.timeout(300)
+def test_experts_move_under_a_skewed_load_and_no_token_changes(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, SMALL)
+    shutil.copy(shipped_model_dir() / "tokenizer.json", tmp_path)
+    plan = Plan(
+        drifts=2, every_seconds=25.0, replicas=4, streams=1, crossings_per_second=10.0, seed=5
+    )
+    report = measure(tmp_path, plan)
+    assert report.wrong == report.failed == ()
+    assert report.num_answers > 0
+    assert report.num_crossings > 0
+    assert report.gaps_otherwise.count > report.gaps_moving.count
+    assert sum(drift.num_moves for drift in report.drifts) > 0
+    assert all(drift.bound == 1.0 for drift in report.drifts)
+    assert report.drifts[0].settled_balance > 0.8
+    assert json.loads(json.dumps(as_dict(report)))["seed"] == 5
