@@ -79,6 +79,8 @@ def test_gaps_are_those_with_moves_and_the_others_of_the_same_time() -> None:
 
 @pytest.mark.slow  # a deployment of eight processes under load
 @pytest.mark.timeout(300)
+# Ray's own processes, on a machine so busy that they outlive its shutdown by a moment.
+@pytest.mark.filterwarnings("ignore:.*Popen.__del__:pytest.PytestUnraisableExceptionWarning")
 def test_experts_move_under_a_skewed_load_and_no_token_changes(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path, SMALL)
     shutil.copy(shipped_model_dir() / "tokenizer.json", tmp_path)
