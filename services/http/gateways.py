@@ -36,7 +36,7 @@ class Gateways:
 
     async def in_turn(self) -> list[grpc.aio.Channel]:
         """To each of them, another one first every time. Empty: there is none now."""
-        await self._refresh()
+        await self.refresh()
         self._turn += 1
         first = self._turn % max(1, len(self._known))
         return [self._channel(address) for address in (*self._known[first:], *self._known[:first])]
@@ -52,7 +52,8 @@ class Gateways:
         for task in self._closing:
             task.cancel()
 
-    async def _refresh(self) -> None:
+    async def refresh(self) -> None:
+        """Ask who there is, if the last answer is not fresh any more."""
         async with self._asking:
             if time.monotonic() - self._known_at < FRESH_SECONDS:
                 return
@@ -60,6 +61,7 @@ class Gateways:
                 self._known = tuple(await self._addresses())
             except Exception as error:  # whoever knows is away: those of before may do
                 log.warning("gateways_unknown why=%s", error)
+                return
             self._known_at = time.monotonic()
             for address in self._channels.keys() - set(self._known):
                 # Streams through it go on until they end; a gateway that drains is not told of.
