@@ -1,15 +1,18 @@
 """How fast blobs move through each tier, against the plainest way to move the same bytes.
 
-    ram    the client's path into the KV pool, verified      copying the same sizes in memory
-    disk   the tier's own reads, verified                     plain reads of a file of those sizes
-    cold   the tier's own reads, verified                     a loop of GETs of the same values
+    ram    the tier's own reads, verified, into the KV pool    copying the same sizes in memory
+    disk   the tier's own reads, verified                      plain reads of a file of those sizes
+    cold   the tier's own reads, verified                      a loop of GETs of the same values
+    leased the same as ram, asked of the store's process       copying the same sizes in memory
 
 Reads of the disk come from the device: both sides drop the page cache before each turn.
 """
 
 import asyncio
 import os
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -23,14 +26,26 @@ from cluster.bench_kv.rig import MAX_STEP_TOKENS, Rig, tell
 from model1.kv_capacity import PoolCapacity
 from model1.kv_pool import KVPool
 from services.attention.kv_cache import KvCacheConfig
-from services.kvstore.blob import HEADER_BYTES, BlobHeader, BlobKind, seal_into
+from services.kvstore.arena import FILE_SUFFIX, Arena
+from services.kvstore.blob import (
+    DIGEST_BYTES,
+    HEADER_BYTES,
+    BlobHeader,
+    BlobKind,
+    open_blob,
+    read_header,
+    seal_into,
+)
 from services.kvstore.client import KvClient, SaveItem
 from services.kvstore.cold import PART_BYTES, ColdTier
 from services.kvstore.disk import DiskConfig, DiskTier
+from services.kvstore.ram import RamTier
 from services.kvstore.redis_link import RedisConfig, RedisLink
+from services.kvstore.s3_fifo import S3Fifo
 from services.kvstore.tier import Tier
 from services.kvstore.valkey import EmbeddedValkey
 
+SHARED_MEMORY = Path("/dev/shm")
 _DEADLINE_SECONDS = 60.0
 
 Turn = Callable[[], Awaitable[object]]
@@ -79,8 +94,8 @@ class _Blobs:
         header = BlobHeader(
             kind=self.kind(number),
             key=self.key(number),
-            model_digest=bytes(16),
-            layout_digest=bytes(16),
+            model_digest=bytes(DIGEST_BYTES),
+            layout_digest=bytes(DIGEST_BYTES),
             start=0,
             end=128,
             payload_nbytes=len(payload),
@@ -102,12 +117,15 @@ async def measure_bandwidth(
     total = sum(sizes)
     checksum = total / await _median(repeats * 3, _async(lambda: _checksums(blobs.payloads)))
     tell(f"bandwidth of RAM, {history_tokens} tokens")
+    target = _Pool(pool, blobs)
+    ram = await _ram(target, blobs, repeats * 5)
     async with rig.client(pool.layout_digest) as client:
-        ram = await _ram(client, pool, blobs, repeats * 5)
+        leased = await _leased(client, target, blobs, repeats * 5)
     tell(f"bandwidth of the disk, {history_tokens} tokens")
     disk = await _disk(folder, blobs, repeats)
     tell(f"bandwidth of Redis, {history_tokens} tokens")
     cold = await _cold(folder, blobs, repeats)
+    found = {"ram": ram, "disk": disk, "cold": cold, "leased": leased}
     return Bandwidths(
         history_tokens=history_tokens,
         blob_bytes=total,
@@ -121,13 +139,66 @@ async def measure_bandwidth(
                 ratio=plain / ours,
                 verify_share=total / checksum / ours,
             )
-            for name, (ours, plain) in {"ram": ram, "disk": disk, "cold": cold}.items()
+            for name, (ours, plain) in found.items()
         ),
     )
 
 
-async def _ram(client: KvClient, pool: KVPool, blobs: _Blobs, repeats: int) -> tuple[float, float]:
-    payloads, num_bodies = blobs.payloads, blobs.num_bodies
+class _Pool:
+    """Where payloads from RAM go, and the plain copies of them beside it."""
+
+    def __init__(self, pool: KVPool, blobs: _Blobs) -> None:
+        self._pool = pool
+        self._payloads = blobs.payloads
+        self._handle = pool.allocate(blobs.num_bodies * pool.layout.block_tokens)
+        self._tail = np.empty(pool.tail_nbytes, np.uint8)
+        self._targets = [np.empty(len(payload), np.uint8) for payload in blobs.payloads]
+
+    def consume(self, number: int, payload: memoryview) -> None:
+        if number < len(self._handle.blocks):
+            self._pool.write_body(int(self._handle.blocks[number]), payload)
+        else:
+            self._tail[:] = payload
+
+    def copy(self) -> None:
+        for target, payload in zip(self._targets, self._payloads, strict=True):
+            target[:] = payload
+
+
+async def _ram(pool: _Pool, blobs: _Blobs, repeats: int) -> tuple[float, float]:
+    sealed = blobs.sealed()
+    keys = [blobs.key(number) for number in range(len(sealed))]
+    folder = Path(tempfile.mkdtemp(prefix="model1-bench-", dir=SHARED_MEMORY))
+    try:
+        arena = Arena.create(folder / f"bench{FILE_SUFFIX}", 2 * sum(map(len, sealed)))
+        tier = RamTier(arena, S3Fifo(), time.monotonic, lambda _key: False, lambda _key: False)
+        for key, blob in zip(keys, sealed, strict=True):
+            reservation = tier.reserve(key, len(blob))
+            assert reservation is not None
+            arena.view(reservation.span)[:] = blob
+            tier.let_go(tier.insert(reservation, read_header(memoryview(blob))))
+
+        def ours() -> None:
+            for number, key in enumerate(keys):
+                resident = tier.use(key)
+                assert resident is not None
+                blob = arena.view(resident.span)
+                digest = bytes(DIGEST_BYTES)
+                payload = open_blob(blob, key=key, model_digest=digest, layout_digest=digest)
+                pool.consume(number, payload)
+                tier.let_go(resident)
+
+        seconds = await _taking_turns(repeats, _async(ours), _async(pool.copy))
+        arena.close()
+        return seconds
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _leased(
+    client: KvClient, pool: _Pool, blobs: _Blobs, repeats: int
+) -> tuple[float, float]:
+    payloads = blobs.payloads
     keys = [blobs.key(number) for number in range(len(payloads))]
     await client.save(
         [
@@ -135,27 +206,14 @@ async def _ram(client: KvClient, pool: KVPool, blobs: _Blobs, repeats: int) -> t
             for number, (key, payload) in enumerate(zip(keys, payloads, strict=True))
         ]
     )
-    handle = pool.allocate(num_bodies * pool.layout.block_tokens)
-    tail = np.empty(pool.tail_nbytes, np.uint8)
-    targets = [np.empty(len(payload), np.uint8) for payload in payloads]
-
-    def consume(index: int, payload: memoryview) -> None:
-        if index < num_bodies:
-            pool.write_body(int(handle.blocks[index]), payload)
-        else:
-            tail[:] = payload
 
     async def ours() -> None:
         deadline_s = asyncio.get_running_loop().time() + _DEADLINE_SECONDS
-        async with client.acquire(keys, deadline_s=deadline_s, consume=consume) as blocks:
+        async with client.acquire(keys, deadline_s=deadline_s, consume=pool.consume) as blocks:
             async for block in blocks:
                 assert block.tier is Tier.RAM
 
-    def copy() -> None:
-        for target, payload in zip(targets, payloads, strict=True):
-            target[:] = payload
-
-    return await _taking_turns(repeats, ours, _async(copy))
+    return await _taking_turns(repeats, ours, _async(pool.copy))
 
 
 async def _disk(folder: Path, blobs: _Blobs, repeats: int) -> tuple[float, float]:
