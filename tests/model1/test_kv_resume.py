@@ -119,7 +119,7 @@ def assert_same_bits(logits: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", [pytest.param(WINDOWS[0], marks=pytest.mark.slow), *WINDOWS[1:]])
 def test_a_sequence_resumes_at_every_boundary_beside_others(
     window: int, dtype: torch.dtype
 ) -> None:
@@ -151,6 +151,7 @@ def test_bodies_and_tails_are_the_same_bytes_wherever_they_were_computed(window:
     assert [body_of(pool, int(block)) for block in handle.blocks[:2]] == whole.bodies[:2]
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     window=st.sampled_from(WINDOWS),

@@ -47,6 +47,16 @@ DTYPES = (torch.float32, torch.bfloat16)
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_case_and_ties = pytest.mark.parametrize("case", (*CASES, TIED), ids=lambda case: case.name)
+# The largest of them takes as long as all others together, a token at a time.
+each_case_the_largest_slow = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case, marks=[pytest.mark.slow] if case.name == "pro_schedule" else [], id=case.name
+        )
+        for case in (*CASES, TIED)
+    ],
+)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16"))
 
 Checkpoints = Callable[[Case], Path]
@@ -111,6 +121,7 @@ def test_bfloat16_mostly_agrees_on_the_next_token(case: Case, device: str, model
     assert (rounded.argmax(dim=-1) == exact.argmax(dim=-1)).float().mean() >= 0.9
 
 
+@pytest.mark.slow  # a model for every parameter
 def test_every_parameter_shows_in_the_logits(device: str, checkpoints: Checkpoints) -> None:
     """Otherwise agreement would prove nothing about it."""
     case, directory = CASES[0], checkpoints(CASES[0])
@@ -162,7 +173,7 @@ def test_a_prompt_in_chunks_gives_the_same_bits_as_in_one_piece(
 
 
 @each_dtype
-@each_case_and_ties
+@each_case_the_largest_slow
 def test_token_by_token_gives_the_same_bits_as_in_one_piece(
     case: Case, dtype: torch.dtype, device: str, models: Models, whole: Whole
 ) -> None:

@@ -87,6 +87,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
         assert torch.equal(value, resumed.bank.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_publishing_writes_a_checkpoint_of_the_rounded_parameters(
     tokenizer: tokenizers.Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
