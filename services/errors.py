@@ -5,6 +5,7 @@
     |- UnknownRequest         no live request has this id
     |- SessionBusy            a turn of the session is under way
     |- SessionChanged         somebody else wrote the session meanwhile
+    |- SessionLost            what was said in the session is nowhere any more
     |- SessionExists          there is a session of this name already
     |- UnknownSession         there is no session of this name
     |- SessionsOff            the deployment has nobody who keeps sessions
@@ -62,6 +63,10 @@ class SessionBusy(ServiceError):
 
 class SessionChanged(ServiceError):
     """Somebody else wrote the session meanwhile; nothing of this turn is kept."""
+
+
+class SessionLost(ServiceError):
+    """What was said in the session is nowhere any more; the next turn begins it anew."""
 
 
 class SessionExists(ServiceError):
@@ -134,6 +139,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     UnknownRequest: grpc.StatusCode.NOT_FOUND,
     SessionBusy: grpc.StatusCode.FAILED_PRECONDITION,
     SessionChanged: grpc.StatusCode.ABORTED,
+    SessionLost: grpc.StatusCode.DATA_LOSS,
     SessionExists: grpc.StatusCode.ALREADY_EXISTS,
     UnknownSession: grpc.StatusCode.NOT_FOUND,
     SessionsOff: grpc.StatusCode.FAILED_PRECONDITION,
@@ -167,6 +173,7 @@ _RAISED_FOR: dict[grpc.StatusCode, type[Exception]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.FAILED_PRECONDITION: ModelMismatch,
     grpc.StatusCode.ABORTED: SessionChanged,
+    grpc.StatusCode.DATA_LOSS: SessionLost,
     grpc.StatusCode.INVALID_ARGUMENT: model_errors.InvalidRequest,
 }
 

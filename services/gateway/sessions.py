@@ -7,17 +7,21 @@ leaves the session as it was. Knows neither gRPC nor where records are kept.
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from model1.errors import InvalidRequest
-from services.errors import SessionBusy
+from services.errors import SessionBusy, SessionLost
 from services.gateway.stores import StoreSet
 from services.generation import MAX_CACHE_SALT_LENGTH, MAX_SESSION_ID_LENGTH
 from services.kv_keys import KeyChain, root_key
 from services.session_record import SessionHead, SessionName, SessionRecord
 
 log = logging.getLogger(__name__)
+
+# Of the last sessions, whose records this gateway knows there must be.
+MAX_REMEMBERED_SESSIONS = 65_536
 
 
 class Turn:
@@ -29,8 +33,11 @@ class Turn:
         record: SessionRecord | None,
         stores: StoreSet,
         clock: Callable[[], float],
+        kept: Callable[[SessionHead], None],
     ) -> None:
+        """`kept` is called with what was recorded."""
         self._name = name
+        self._kept = kept
         self._record = record
         self._stores = stores
         self._clock = clock
@@ -66,6 +73,7 @@ class Turn:
     async def _save(self, record: SessionRecord) -> None:
         head = record.head
         await self._stores.save(record, head.version - 1)
+        self._kept(head)
         if head.pinned_until_s > head.last_used_s:
             # Its new blocks too; and stores that were restarted have forgotten the old ones.
             await self._stores.pin(blob_keys(record), head.pinned_until_s)
@@ -85,16 +93,39 @@ class Sessions:
         self.stores = stores
         self._clock = clock
         self._in_use: set[SessionName] = set()
+        self._versions: OrderedDict[SessionName, int] = OrderedDict()  # seen, last used last
 
     @asynccontextmanager
     async def turn(self, name: SessionName) -> AsyncIterator[Turn]:
-        """Raises `SessionBusy` while another turn is under way."""
+        """Raises `SessionBusy` while another turn is under way, and `SessionLost`, once, if the
+        stores have forgotten what this gateway saw in them: an answer without the history would
+        look like any other."""
         with self.claimed(name):
-            turn = Turn(name, await self.stores.load(name), self.stores, self._clock)
+            record = await self.stores.load(name)
+            self._expect_no_less(name, record)
+            turn = Turn(name, record, self.stores, self._clock, self._saw)
             try:
                 yield turn
             finally:
                 await turn.settle()
+
+    def _expect_no_less(self, name: SessionName, record: SessionRecord | None) -> None:
+        known = self._versions.pop(name, 0)
+        found = record.head.version if record is not None else 0
+        if found < known:
+            raise SessionLost(
+                f"session {name.session_id!r} was at version {known}, and its record is "
+                f"{'gone' if record is None else f'at version {found}'}: a KV store that had it "
+                "was lost. The next turn goes on from what there is"
+            )
+        if record is not None:
+            self._saw(record.head)
+
+    def _saw(self, head: SessionHead) -> None:
+        self._versions[head.name] = head.version
+        self._versions.move_to_end(head.name)
+        if len(self._versions) > MAX_REMEMBERED_SESSIONS:
+            self._versions.popitem(last=False)
 
     @contextmanager
     def claimed(self, name: SessionName) -> Iterator[None]:

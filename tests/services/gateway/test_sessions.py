@@ -51,6 +51,24 @@ async def test_each_turn_goes_on_from_all_that_was_said(deployment: Deployment) 
         history += answer.token_ids
 
 
+async def test_a_history_that_was_lost_is_told_and_not_passed_over(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    first = await deployment.inference.Generate(turn((5, 6, 7)))
+    stores = deployment.gateway.gateway.sessions.stores
+    (tmp_path / "empty").mkdir()
+    async with session_store("kvstore-0", tmp_path / "empty") as another:
+        await stores.update([another])
+        told = await failure(deployment.inference.Generate(turn((9, 10))))
+        assert told.code() is grpc.StatusCode.DATA_LOSS
+        assert "'tea' was at version 1, and its record is gone" in (told.details() or "")
+        again = await deployment.inference.Generate(turn((9, 10)))  # whoever asks again, knows
+        assert again.usage.prompt_tokens == 2
+        await deployment.inference.Generate(turn((9, 10), "another"))
+        await stores.update([])
+    assert len(first.token_ids) == 8
+
+
 async def test_text_begins_once(deployment: Deployment) -> None:
     encode = deployment.tokenizer.encode
     first = await deployment.inference.Generate(turn("once"))
