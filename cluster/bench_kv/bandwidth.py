@@ -26,9 +26,9 @@ from cluster.bench_kv.rig import MAX_STEP_TOKENS, Rig, tell
 from model1.kv_capacity import PoolCapacity
 from model1.kv_pool import KVPool
 from services.attention.kv_cache import KvCacheConfig
+from services.kv_keys import DIGEST_BYTES
 from services.kvstore.arena import FILE_SUFFIX, Arena
 from services.kvstore.blob import (
-    DIGEST_BYTES,
     HEADER_BYTES,
     BlobHeader,
     BlobKind,
