@@ -1,0 +1,189 @@
+"""The cluster that the chart describes, on hosts instead of pods: the same commands, environments
+and files, and what KubeRay does with its serveConfigV2.
+
+Emulated, and so not what is tested: KubeRay itself (tests/helm/kuberay.py has what it adds to a
+container, and the PUT of the application is its own), the autoscaler, the image (this
+environment's Python), kubelet (a host starts again by its command; a preStop hook runs before it
+ends), Services (names in /etc/hosts), the user 10001 and resource limits. Valkey's /data is /tmp.
+"""
+
+import json
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.chaos.questions import Question
+from tests.e2e.hosts import Host, Network, mounted_in_etc, network, until
+from tests.helm.chart import Manifest, container_of, find, pod_of, render, serve_config_of
+from tests.helm.kuberay import ray_start, secrets_of
+
+CLIENT, VALKEY, HEAD = 250, 251, 1
+GATEWAY_PORT = 50051
+START_SECONDS = 240.0
+PUT = """
+import json, sys, urllib.request
+url, token = sys.argv[1:]
+headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+request = urllib.request.Request(url, sys.stdin.buffer.read() or None, headers)
+request.method = "PUT" if request.data else "GET"
+sys.stdout.write(urllib.request.urlopen(request, timeout=30).read().decode())
+"""
+
+
+@dataclass
+class Cluster:
+    """Hosts by name; those of one group are called GROUP-a, GROUP-b and so on."""
+
+    network: Network
+    stack: ExitStack
+    sets: tuple[str, ...]
+    hosts: dict[str, Host] = field(default_factory=dict)
+    changes: tuple[str, ...] = ()  # of values, since then
+
+    @property
+    def manifests(self) -> Sequence[Manifest]:
+        """As they were installed: a Secret keeps what was drawn then."""
+        return render(*self.sets)
+
+    @property
+    def client(self) -> Host:
+        return self.hosts["client"]
+
+    @property
+    def gateways(self) -> str:
+        """What a headless Service has, for gRPC."""
+        hosts = (host for name, host in self.hosts.items() if name.startswith("attention"))
+        return "ipv4:" + ",".join(f"{host.address}:{GATEWAY_PORT}" for host in hosts)
+
+    def add(self, name: str, number: int, etc: dict[str, str] | None = None) -> Host:
+        host = self.stack.enter_context(self.network.host(name, number, etc or {}))
+        self.hosts[name] = host
+        return host
+
+    def start(self, name: str) -> Host:
+        """The Ray container of the host's group, by its command, also after it has ended."""
+        host, group = self.hosts[name], name.partition("-")[0]
+        start = ray_start(
+            self.manifests,
+            group,
+            pod_ip=host.address,
+            head_address=self.network.address(HEAD),
+            secrets=secrets_of(self.manifests),
+        )
+        host.start(start.command, start.environment)
+        return host
+
+    def join(self, name: str, number: int) -> Host:
+        """A new host of the group in the name's first part."""
+        pod = pod_of(self.manifests, name.partition("-")[0])
+        self.add(name, number, mounted_in_etc(self.manifests, pod))
+        return self.start(name)
+
+    def start_valkey(self) -> None:
+        pod = find(self.manifests, "StatefulSet")["spec"]["template"]["spec"]
+        etc = mounted_in_etc(self.manifests, pod)
+        etc["valkey/valkey.conf"] = etc["valkey/valkey.conf"].replace("dir /data", "dir /tmp")
+        host = self.add("valkey", VALKEY, etc)
+        (name, *_), (container,) = self.service_names("-valkey"), pod["containers"]
+        secrets = secrets_of(self.manifests)
+        environment = {
+            each["name"]: secrets[(key := each["valueFrom"]["secretKeyRef"])["name"], key["key"]]
+            for each in container["env"]
+        }
+        host.start(f"mkdir -p /run/valkey; {container['command'][2]}", environment)
+        self.network.names[name] = host.address
+
+    def service_names(self, ending: str) -> list[str]:
+        name = find(self.manifests, "Service", ending)["metadata"]["name"]
+        return [name]
+
+    def submit(self, *sets: str) -> None:
+        """What KubeRay does when serveConfigV2 has changed; `sets` win over those before."""
+        self.changes = (*self.changes, *sets)
+        rendered = render(*self.sets, *self.changes)
+        self._dashboard(json.dumps(serve_config_of(rendered)))
+
+    def application(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._dashboard(""))["applications"]["model1"]
+        return found
+
+    def _dashboard(self, body: str) -> str:
+        token = secrets_of(self.manifests)[
+            find(self.manifests, "Secret", "-auth")["metadata"]["name"], "auth_token"
+        ]
+        url = f"http://{self.network.address(HEAD)}:8265/api/serve/applications/"
+        words = self.client.command("python", "-c", PUT, url, token)
+        done = subprocess.run(words, input=body, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def members(self, host: str = "attention-a") -> list[dict[str, Any]]:
+        """Asked of the gateway on that host."""
+        endpoint = f"{self.hosts[host].address}:{GATEWAY_PORT}"
+        words = ("model1", "status", "--format", "json", "--endpoint", endpoint)
+        members: list[dict[str, Any]] = json.loads(self.client.run(*words))["topology"]["members"]
+        return members
+
+    def ready(self, role: str, host: str = "attention-a") -> list[dict[str, Any]]:
+        return [m for m in self.members(host) if (m["role"], m["state"]) == (role, "ready")]
+
+    def drain(self, name: str) -> None:
+        """The preStop hook of the host's pod."""
+        container = container_of(self.manifests, name.partition("-")[0])
+        hook = container["lifecycle"]["preStop"]["exec"]["command"]
+        self.hosts[name].run(*hook, timeout_seconds=120)
+
+    @contextmanager
+    def traffic(
+        self, questions: Sequence[Question], *, streams: int = 4
+    ) -> Iterator[dict[str, Any]]:
+        """Streams from the client's host meanwhile; afterwards, what came of them."""
+        result: dict[str, Any] = {}
+        words = ("python", "-m", "tests.e2e.traffic_process", "/etc/questions.json")
+        asking = subprocess.Popen(
+            self.client.command(*words, str(streams), self.gateways),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert asking.stdin and asking.stdout
+        try:
+            assert asking.stdout.readline() == "asking\n"
+            yield result
+            told, _ = asking.communicate("", timeout=120)
+            result |= json.loads(told)
+        finally:
+            asking.kill()
+            asking.wait()
+
+
+@contextmanager
+def chart_cluster(folder: Path, questions: Sequence[Question], *sets: str) -> Iterator[Cluster]:
+    """Head, attention-a, experts-a, a Valkey, and a client; the application is submitted and
+    serves."""
+    with network(folder) as hosts, ExitStack() as stack:
+        cluster = Cluster(hosts, stack, sets)
+        cluster.start_valkey()
+        (grpc_name,) = cluster.service_names("-grpc")
+        hosts.names[grpc_name] = hosts.address(2)
+        rows = [
+            {name: getattr(each, name) for name in each.__dataclass_fields__} for each in questions
+        ]
+        client = cluster.add("client", CLIENT, {"questions.json": json.dumps(rows)})
+        client.start("exec sleep infinity", {"HOME": "/tmp", "OMP_NUM_THREADS": "1"})
+        pod = pod_of(cluster.manifests, "head")
+        cluster.add("head", HEAD, mounted_in_etc(cluster.manifests, pod))
+        cluster.start("head")
+        until("the dashboard answers", lambda: cluster._dashboard(""), START_SECONDS)
+        cluster.submit()  # before any worker node is there, as after a helm install
+        cluster.join("attention-a", 2)
+        cluster.join("experts-a", 3)
+        until(
+            "the application runs",
+            lambda: cluster.application()["status"] == "RUNNING",
+            START_SECONDS,
+        )
+        yield cluster
