@@ -527,6 +527,16 @@ _TIER: tuple[Family[kvstore_pb2.KvTierStat], ...] = (
         lambda tier: tier.lost_blobs,
     ),
     gauge(
+        "model1_kv_tier_lifetime_seconds",
+        "RAM: how long an evicted blob had been there, mean since the start; no series before.",
+        lambda tier: tier.lifetime_seconds or None,
+    ),
+    gauge(
+        "model1_kv_tier_reuse_gap_seconds",
+        "RAM: time from a use of a blob to its next, mean since the start; no series before.",
+        lambda tier: tier.reuse_gap_seconds or None,
+    ),
+    gauge(
         "model1_kv_tier_waiting_blobs",
         "Blobs that wait to be written to the tier.",
         lambda tier: tier.waiting_blobs,

@@ -291,8 +291,7 @@ def test_what_is_scaled_by_itself_has_series_of_its_own() -> None:
 
 def test_no_number_of_a_tier_is_forgotten() -> None:
     tier = kvstore_pb2.KvTierStat(tier=kvstore_pb2.KV_TIER_DISK)
-    # Means of what RAM alone does.
-    numbers = numbered(tier, but=("lifetime_seconds", "reuse_gap_seconds"))
+    numbers = numbered(tier)
     tier.damaged["truncated"] = 3
     tier.failures["write ENOSPC"] = 5
     stat = kvstore_pb2.KvStatResponse(tiers=[tier])
@@ -316,7 +315,9 @@ def test_no_number_of_a_store_is_forgotten() -> None:
 def test_what_a_tier_cannot_say_has_no_series() -> None:
     peer = kvstore_pb2.KvTierStat(tier=kvstore_pb2.KV_TIER_PEER)
     found = samples(report(stores=[("kvstore-0", kvstore_pb2.KvStatResponse(tiers=[peer]))]))
-    for name in ("blobs", "used_bytes", "budget_bytes", "load_seconds", "load_bytes_per_second"):
+    sizes = ("blobs", "used_bytes", "budget_bytes")
+    times = ("load_seconds", "load_bytes_per_second", "lifetime_seconds", "reuse_gap_seconds")
+    for name in (*sizes, *times):
         assert list(found.labels(f"model1_kv_tier_{name}")) == []
     assert found("model1_kv_tier_hits_total", store="kvstore-0", tier="peer") == 0
 
