@@ -1,15 +1,17 @@
-"""What a layer crossing is measured against: bytes there and bytes back over one gRPC stream.
+"""What a layer crossing is compared with: the same bytes over the same hops, and nothing else.
 
-Run as `python -m cluster.bench_echo ADDRESS REPLY_BYTES`, it is the process at the other end, until
-its stdin closes. Server and channel are opened as every role opens them; nothing is encoded.
+Run as `python -m cluster.bench_echo ADDRESS REPLY_BYTES [LEAF REQUEST_BYTES]...`,
+it is a process that answers each message on a stream: at once, or after it has sent so many bytes
+to each leaf and has their answers. Servers and channels are opened as every role opens them;
+nothing is encoded, added, checked or looked at.
 """
 
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
@@ -19,6 +21,15 @@ from services import rpc
 
 SERVICE = "model1.bench.Echo"
 METHOD = "Echo"
+
+
+class HopBytes(NamedTuple):
+    """Of the messages of a crossing."""
+
+    request: int  # worker -> router
+    reply: int  # router -> worker
+    parts: tuple[int, ...] = ()  # router -> each replica; none: the router answers at once
+    part_replies: tuple[int, ...] = ()
 
 
 class Echo:
@@ -38,36 +49,59 @@ class Echo:
 
 
 @asynccontextmanager
-async def echo(address: str, *, request_bytes: int, reply_bytes: int) -> AsyncIterator[Echo]:
-    async with started("cluster.bench_echo", address, str(reply_bytes)) as child:
-        await child.listen()  # so that the channel need not try twice
-        async with rpc.channel(address) as channel:
-            untyped: Any = channel  # the stubs demand serializers; bytes need none
-            stream = untyped.stream_stream(f"/{SERVICE}/{METHOD}")()
-            yield Echo(stream, request_bytes)
-            await stream.done_writing()
-            await stream.read()  # the end of the stream: a cut one would be logged by gRPC
+async def echo(address: str, hops: HopBytes) -> AsyncIterator[Echo]:
+    """A relay at `address` and one leaf for each part, on TCP as replicas are."""
+    module = "cluster.bench_echo"
+    async with AsyncExitStack() as stack:
+        leaves: list[str] = []
+        for part, reply in zip(hops.parts, hops.part_replies, strict=True):
+            leaf = await stack.enter_async_context(started(module, "127.0.0.1:0", str(reply)))
+            leaves += [(await leaf.listen()).strip(), str(part)]
+        relay = await stack.enter_async_context(started(module, address, str(hops.reply), *leaves))
+        await relay.listen()
+        stream = await stack.enter_async_context(_stream(address))
+        yield Echo(stream, hops.request)
 
 
-async def _serve(address: str, reply_bytes: int) -> None:
+@asynccontextmanager
+async def _stream(address: str) -> AsyncIterator[Any]:
+    async with rpc.channel(address) as channel:
+        untyped: Any = channel  # the stubs demand serializers; bytes need none
+        stream = untyped.stream_stream(f"/{SERVICE}/{METHOD}")()
+        yield stream
+        await stream.done_writing()
+        await stream.read()  # the end of the stream: a cut one would be logged by gRPC
+
+
+async def _serve(address: str, reply_bytes: int, leaves: Sequence[tuple[str, int]]) -> None:
     reply = b"\2" * reply_bytes
+    async with AsyncExitStack() as stack:
+        streams = [
+            (await stack.enter_async_context(_stream(leaf)), b"\3" * num_bytes)
+            for leaf, num_bytes in leaves
+        ]
 
-    async def answer(requests: AsyncIterator[bytes], _context: object) -> AsyncIterator[bytes]:
-        async for _ in requests:
-            yield reply
+        async def answer(requests: AsyncIterator[bytes], _context: object) -> AsyncIterator[bytes]:
+            async for _ in requests:
+                for stream, part in streams:
+                    await stream.write(part)
+                for stream, _part in streams:
+                    await stream.read()
+                yield reply
 
-    def register(server: grpc.aio.Server) -> None:
-        method = grpc.stream_stream_rpc_method_handler(answer)
-        handlers = grpc.method_handlers_generic_handler(SERVICE, {METHOD: method})
-        server.add_generic_rpc_handlers((handlers,))
+        def register(server: grpc.aio.Server) -> None:
+            method = grpc.stream_stream_rpc_method_handler(answer)
+            handlers = grpc.method_handlers_generic_handler(SERVICE, {METHOD: method})
+            server.add_generic_rpc_handlers((handlers,))
 
-    server = await rpc.start_server([rpc.Service(SERVICE, register)], address)
-    print("ready", flush=True)
-    await asyncio.to_thread(sys.stdin.read)
-    await server.stop(
-        grace_seconds=1.0
-    )  # at once, now that nobody asks; 0 would cut, and be logged
+        server = await rpc.start_server([rpc.Service(SERVICE, register)], address)
+        print(server.address, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+        # At once, now that nobody asks; 0 would cut, and be logged.
+        await server.stop(grace_seconds=1.0)
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(sys.argv[1], int(sys.argv[2])))
+    _, _address, _reply, *_leaves = sys.argv
+    _sizes = [int(size) for size in _leaves[1::2]]
+    asyncio.run(_serve(_address, int(_reply), list(zip(_leaves[::2], _sizes, strict=True))))

@@ -17,7 +17,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cluster.bench_echo import Echo, echo
+from cluster.bench_echo import Echo, HopBytes, echo
 from cluster.bench_local import OneProcess, one_process
 from cluster.bench_workload import Measured, SidesDiffer, Workload, measure
 from cluster.config import load_settings
@@ -125,7 +125,7 @@ async def _compare(site: Site, workload: Workload, *, num_pairs: int, machine: s
         async with (
             deployed(site) as deployment,
             one_process(site.settings) as alone,
-            echo(address, request_bytes=request_bytes, reply_bytes=reply_bytes) as echoing,
+            echo(address, HopBytes(request_bytes, reply_bytes)) as echoing,
         ):
             worker = await _worker_address(deployment)
             turns = await _take_turns(worker, alone, echoing, workload, num_pairs)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.bench_dispatch.echo_chain import HopBytes, echo_chain
 from cluster.bench_dispatch.rig import Rig, breathe
+from cluster.bench_echo import HopBytes, echo
 from model1.bench import random_call
 from model1.moe import ExpertCall
 from services import wire
@@ -52,7 +52,7 @@ async def measure_hop(rig: Rig, num_rows: int, *, rounds: int, trips: int) -> Ho
     experts = await RoutedExperts.open(rig.router_address)
     try:
         with tempfile.TemporaryDirectory(prefix="model1-") as folder:
-            async with echo_chain(f"unix:{folder}/echo.sock", hops) as chain:
+            async with echo(f"unix:{folder}/echo.sock", hops) as chain:
                 await _crossings(experts, call, WARM_UP_TRIPS)
                 await chain.round_trips(WARM_UP_TRIPS)
                 for _ in range(rounds):

@@ -20,9 +20,11 @@ from tests.e2e.hosts import Host, Network, mounted_in_etc, network, until
 from tests.helm.chart import Manifest, container_of, find, pod_of, render, serve_config_of
 from tests.helm.kuberay import ray_start, secrets_of
 
-CLIENT, VALKEY, HEAD = 250, 251, 1
+CLIENT, VALKEY = 250, 251
+HEAD, ATTENTION_A, EXPERTS_A, EXPERTS_B, ATTENTION_B = range(1, 6)
 GATEWAY_PORT = 50051
 START_SECONDS = 240.0
+TRAFFIC_PROGRAM = str(Path(__file__).with_name("traffic_process.py"))
 PUT = """
 import json, sys, urllib.request
 url, token = sys.argv[1:]
@@ -94,7 +96,7 @@ class Cluster:
             for each in container["env"]
         }
         host.start(f"mkdir -p /run/valkey; {container['command'][2]}", environment)
-        self.network.names[name] = host.address
+        self.network.names[name] = [host.address]
 
     def service_names(self, ending: str) -> list[str]:
         name = find(self.manifests, "Service", ending)["metadata"]["name"]
@@ -142,7 +144,7 @@ class Cluster:
     ) -> Iterator[dict[str, Any]]:
         """Streams from the client's host meanwhile; afterwards, what came of them."""
         result: dict[str, Any] = {}
-        words = ("python", "-m", "tests.e2e.traffic_process", "/etc/questions.json")
+        words = ("python", TRAFFIC_PROGRAM, "/etc/questions.json")
         asking = subprocess.Popen(
             self.client.command(*words, str(streams), self.gateways),
             stdin=subprocess.PIPE,
@@ -168,7 +170,8 @@ def chart_cluster(folder: Path, questions: Sequence[Question], *sets: str) -> It
         cluster = Cluster(hosts, stack, sets)
         cluster.start_valkey()
         (grpc_name,) = cluster.service_names("-grpc")
-        hosts.names[grpc_name] = hosts.address(2)
+        # Every host that may have a gateway: whoever asks takes the first that answers.
+        hosts.names[grpc_name] = [hosts.address(number) for number in (ATTENTION_A, ATTENTION_B)]
         rows = [
             {name: getattr(each, name) for name in each.__dataclass_fields__} for each in questions
         ]
@@ -179,8 +182,8 @@ def chart_cluster(folder: Path, questions: Sequence[Question], *sets: str) -> It
         cluster.start("head")
         until("the dashboard answers", lambda: cluster._dashboard(""), START_SECONDS)
         cluster.submit()  # before any worker node is there, as after a helm install
-        cluster.join("attention-a", 2)
-        cluster.join("experts-a", 3)
+        cluster.join("attention-a", ATTENTION_A)
+        cluster.join("experts-a", EXPERTS_A)
         until(
             "the application runs",
             lambda: cluster.application()["status"] == "RUNNING",

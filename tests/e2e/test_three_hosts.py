@@ -15,7 +15,13 @@ import pytest
 
 from cluster.chaos.questions import Question, known_questions
 from model1 import shipped_model_dir
-from tests.e2e.chart_cluster import GATEWAY_PORT, Cluster, chart_cluster
+from tests.e2e.chart_cluster import (
+    ATTENTION_B,
+    EXPERTS_B,
+    GATEWAY_PORT,
+    Cluster,
+    chart_cluster,
+)
 from tests.e2e.hosts import require_namespaces, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -68,7 +74,7 @@ def test_experts_scale_live_when_the_application_says_so(
     attention = cluster.ready("attention")
     with cluster.traffic(questions) as result:
         cluster.submit("experts.replicas=3")
-        cluster.join("experts-b", 4)
+        cluster.join("experts-b", EXPERTS_B)
         until("6 replicas are ready", lambda: len(cluster.ready("expert")) == 6, 180)
         time.sleep(2)
     assert (result["wrong"], result["failed"]) == ([], [])
@@ -112,11 +118,10 @@ def test_streams_outlive_the_head_and_the_cluster_is_whole_again(
     }
 
 
-@pytest.mark.unproven
 def test_every_role_restarts_under_load_and_no_request_fails(
     cluster: Cluster, questions: list[Question]
 ) -> None:
-    cluster.join("attention-b", 5)
+    cluster.join("attention-b", ATTENTION_B)
     cluster.submit("attention.workers=2")
     until("2 workers are ready", lambda: len(cluster.ready("attention")) == 2, 180)
     order = ("experts-a", "experts-b", "attention-a", "attention-b")

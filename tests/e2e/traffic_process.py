@@ -1,7 +1,7 @@
 """Streams against a gateway from a host of its own: asks until its stdin is closed, and says as
 JSON what came of it.
 
-`python -m tests.e2e.traffic_process QUESTIONS STREAMS TARGET`: QUESTIONS is JSON, TARGET what gRPC
+`python traffic_process.py QUESTIONS STREAMS TARGET`: QUESTIONS is JSON, TARGET what gRPC
 resolves, such as ipv4:10.0.0.1:50051,10.0.0.2:50051 for all that a headless Service has.
 """
 

@@ -15,6 +15,9 @@ ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "model1"
 VALUES_FILES = sorted(CHART.glob("values-*.yaml"))
 RELEASE, NAMESPACE = "release", "serving"
+NAME = f"{RELEASE}-model1"  # of what is there once
+RAY_PODS = ("head", "attention", "experts")
+WORKERS = ("attention", "experts")
 
 Manifest: TypeAlias = dict[str, Any]
 
@@ -110,3 +113,13 @@ def config_of(manifests: Sequence[Manifest]) -> dict[str, dict[str, Any]]:
 def serve_config_of(manifests: Sequence[Manifest]) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(find(manifests, "RayService")["spec"]["serveConfigV2"])
     return config
+
+
+def mounts_of(manifests: Sequence[Manifest], group: str) -> dict[str, Manifest]:
+    """Of the group's Ray container, by path."""
+    return {each["mountPath"]: each for each in container_of(manifests, group)["volumeMounts"]}
+
+
+def volumes_of(manifests: Sequence[Manifest], group: str) -> dict[str, Manifest]:
+    """By name."""
+    return {each["name"]: each for each in pod_of(manifests, group)["volumes"]}
