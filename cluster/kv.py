@@ -103,6 +103,8 @@ def tier_states(stores: Iterable[control_pb2.KvStatOfStore]) -> str:
         for tier in store.stat.tiers:
             name, state, _, used, budget, *_ = _tier_row(tier)
             rows.append((store.store, name, state, used, budget))
+        if store.stat.sessions.degraded:
+            rows.append((store.store, "sessions", store.stat.sessions.degraded, "-", "-"))
     return text_table(("store", "tier", "state", "used", "budget"), rows)
 
 
@@ -116,6 +118,12 @@ def tier_table(stores: Iterable[control_pb2.KvStatOfStore]) -> str:
         if store.WhichOneof("outcome") == "unavailable":
             rows.append((store.store, "-", store.unavailable, *["-"] * (len(header) - 3)))
         rows += [(store.store, *_tier_row(tier)) for tier in store.stat.tiers]
+        sessions = store.stat.sessions
+        if sessions.degraded or sessions.damaged:
+            numbers = {"blobs": sessions.waiting, "damaged": sessions.damaged}
+            state = sessions.degraded or "ok"
+            rest = (numbers.get(each, "-") for each in header[3:])
+            rows.append((store.store, "sessions", state, *rest))
     return text_table(header, rows)
 
 

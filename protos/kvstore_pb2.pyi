@@ -231,7 +231,7 @@ class KvStatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class KvStatResponse(_message.Message):
-    __slots__ = ("store", "uptime_seconds", "workers", "leases", "loads", "loads_without_room", "refused_reservations", "pinned_keys", "tiers")
+    __slots__ = ("store", "uptime_seconds", "workers", "leases", "loads", "loads_without_room", "refused_reservations", "pinned_keys", "tiers", "sessions")
     STORE_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +241,7 @@ class KvStatResponse(_message.Message):
     REFUSED_RESERVATIONS_FIELD_NUMBER: _ClassVar[int]
     PINNED_KEYS_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
     store: str
     uptime_seconds: float
     workers: int
@@ -250,7 +251,18 @@ class KvStatResponse(_message.Message):
     refused_reservations: int
     pinned_keys: int
     tiers: _containers.RepeatedCompositeFieldContainer[KvTierStat]
-    def __init__(self, store: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., workers: _Optional[int] = ..., leases: _Optional[int] = ..., loads: _Optional[int] = ..., loads_without_room: _Optional[int] = ..., refused_reservations: _Optional[int] = ..., pinned_keys: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[KvTierStat, _Mapping]]] = ...) -> None: ...
+    sessions: KvSessionsStat
+    def __init__(self, store: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., workers: _Optional[int] = ..., leases: _Optional[int] = ..., loads: _Optional[int] = ..., loads_without_room: _Optional[int] = ..., refused_reservations: _Optional[int] = ..., pinned_keys: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[KvTierStat, _Mapping]]] = ..., sessions: _Optional[_Union[KvSessionsStat, _Mapping]] = ...) -> None: ...
+
+class KvSessionsStat(_message.Message):
+    __slots__ = ("degraded", "waiting", "damaged")
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
+    degraded: str
+    waiting: int
+    damaged: int
+    def __init__(self, degraded: _Optional[str] = ..., waiting: _Optional[int] = ..., damaged: _Optional[int] = ...) -> None: ...
 
 class KvTierStat(_message.Message):
     __slots__ = ("tier", "degraded", "blobs", "used_bytes", "budget_bytes", "hits", "misses", "hit_tokens", "loaded_bytes", "load_seconds_p50", "load_seconds_p99", "bytes_per_second", "damaged", "stored_blobs", "stored_bytes", "waiting_blobs", "dropped_blobs", "refused_blobs", "evicted_blobs", "lost_blobs", "lifetime_seconds", "reuse_gap_seconds", "failures")

@@ -136,14 +136,24 @@ def _degraded(
     for name, stats in stores:
         if isinstance(stats, str):
             yield (name, "all"), "no answer"
+        elif stats.sessions.degraded:
+            yield (name, "sessions"), _bounded(stats.sessions.degraded)
     for names, tier in _tiers(stores):
         if tier.degraded:
-            # What follows is an address, a number or a server's own words, without bound.
-            yield names, tier.degraded.partition(":")[0]
+            yield names, _bounded(tier.degraded)
+
+
+def _bounded(reason: str) -> str:
+    """What follows is an address, a number or a server's own words, without bound."""
+    return reason.partition(":")[0]
 
 
 def _is_degraded(stats: StoreStats | str) -> bool:
-    return isinstance(stats, str) or any(tier.degraded for tier in stats.tiers)
+    return (
+        isinstance(stats, str)
+        or bool(stats.sessions.degraded)
+        or any(tier.degraded for tier in stats.tiers)
+    )
 
 
 def _of_store(read: Callable[[StoreStats], float]) -> Callable[[StoreStats | str], float | None]:
@@ -418,7 +428,7 @@ _WORKER: tuple[Family[WorkerStats], ...] = (
 _STORE: tuple[Family[StoreStats | str], ...] = (
     gauge(
         "model1_kv_store_degraded",
-        "1 if the store does not answer, or if one of its tiers does not work.",
+        "1 if it does not answer, or if one of its tiers or its session records do not work.",
         _is_degraded,
     ),
     gauge(
@@ -445,6 +455,16 @@ _STORE: tuple[Family[StoreStats | str], ...] = (
         "model1_kv_store_pinned_keys",
         "Keys that eviction spares.",
         _of_store(lambda stats: stats.pinned_keys),
+    ),
+    gauge(
+        "model1_kv_store_waiting_sessions",
+        "Session records in memory that no disk has taken.",
+        _of_store(lambda stats: stats.sessions.waiting),
+    ),
+    counter(
+        "model1_kv_store_damaged_sessions_total",
+        "Session records that did not verify and were not served.",
+        _of_store(lambda stats: stats.sessions.damaged),
     ),
 )
 

@@ -21,6 +21,7 @@ from services.kvstore.blob import Damaged
 from services.kvstore.leases import LeaseBook
 from services.kvstore.peer_link import MAX_PART_BYTES
 from services.kvstore.peers import Peers
+from services.kvstore.sessions import SessionTable
 from services.kvstore.store import TieredStore
 from services.kvstore.tier import NoRoom, Tier
 
@@ -38,6 +39,7 @@ class KvAdminService(kvstore_pb2_grpc.KvAdminServicer):
         store: TieredStore,
         leases: LeaseBook,
         peers: Peers,
+        sessions: SessionTable,
         *,
         name: str,
         ttl_seconds: float | None,
@@ -45,6 +47,7 @@ class KvAdminService(kvstore_pb2_grpc.KvAdminServicer):
         self._store = store
         self._leases = leases
         self._peers = peers
+        self._sessions = sessions
         self._name = name
         self._ttl_seconds = ttl_seconds
         self._admin = Admin(store, leases)
@@ -63,6 +66,11 @@ class KvAdminService(kvstore_pb2_grpc.KvAdminServicer):
             loads_without_room=store.loads.num_without_room,
             refused_reservations=store.ram.counts.refused_reservations,
             pinned_keys=len(store.pins),
+            sessions=kvstore_pb2.KvSessionsStat(
+                degraded=self._sessions.degraded or "",
+                waiting=self._sessions.num_held,
+                damaged=self._sessions.num_damaged,
+            ),
         )
         async with ending_with_status(context):
             for tier in store.stats:

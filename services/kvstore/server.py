@@ -172,7 +172,7 @@ class KvStoreServer:
                 parts.push_async_callback(_cancelled, ticking)
             service = KvStoreService(store, leases)
             admin = KvAdminService(
-                store, leases, peers, name=config.name, ttl_seconds=config.ttl_seconds
+                store, leases, peers, table, name=config.name, ttl_seconds=config.ttl_seconds
             )
             server = await rpc.start_server(
                 [

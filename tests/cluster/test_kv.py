@@ -8,7 +8,7 @@ import pytest
 
 from cluster.access import Access
 from cluster.client import RequestFailed
-from cluster.kv import KvCommand
+from cluster.kv import KvCommand, tier_states, tier_table
 from protos import control_pb2, control_pb2_grpc, kvstore_pb2
 from services import rpc
 
@@ -52,3 +52,17 @@ async def test_a_store_that_did_nothing_is_a_failure(
         with pytest.raises(RequestFailed, match="kvstore-1: it is gone"):
             await calls[verb]()
     assert WHY in capsys.readouterr().out
+
+
+def test_session_records_are_told_of_when_something_is_wrong_with_them() -> None:
+    well, ill = (
+        control_pb2.KvStatOfStore(store=name, stat=kvstore_pb2.KvStatResponse(sessions=sessions))
+        for name, sessions in (
+            ("kvstore-0", kvstore_pb2.KvSessionsStat()),
+            ("kvstore-1", kvstore_pb2.KvSessionsStat(degraded="disk I/O error", waiting=3)),
+        )
+    )
+    for table in (tier_table([well, ill]), tier_states([well, ill])):
+        row = table.splitlines()[-1]
+        assert "kvstore-0" not in table
+        assert row.split()[:5] == ["kvstore-1", "sessions", "disk", "I/O", "error"]

@@ -7,15 +7,17 @@ environment's Python), kubelet (a host starts again by its command; a preStop ho
 ends), Services (names in /etc/hosts), the user 10001 and resource limits. Valkey's /data is /tmp.
 """
 
+import base64
 import json
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.chaos.questions import Question
+from tests.certificates import Authority
 from tests.e2e.hosts import Host, Network, mounted_in_etc, network, until
 from tests.helm.chart import Manifest, container_of, find, pod_of, render, serve_config_of
 from tests.helm.kuberay import ray_start, secrets_of
@@ -24,6 +26,22 @@ CLIENT, VALKEY = 250, 251
 HEAD, ATTENTION_A, EXPERTS_A, EXPERTS_B, ATTENTION_B = range(1, 6)
 GATEWAY_PORT = 50051
 START_SECONDS = 240.0
+# What an operator brings along: see `tls.secretName`.
+CERTIFICATES = "certificates"
+SAFE = (
+    "tls.enabled=true",
+    f'tls.secretName="{CERTIFICATES}"',
+    "tls.requireClientCertificate=true",
+    "auth.tokens.enabled=true",
+)
+# Shown by what runs on the client's host, unless a test says otherwise.
+SHOWN = {
+    "MODEL1_CLIENT__CA_FILE": "/etc/client/ca.crt",
+    "MODEL1_CLIENT__CERT_FILE": "/etc/client/tls.crt",
+    "MODEL1_CLIENT__KEY_FILE": "/etc/client/tls.key",
+    "MODEL1_CLIENT__SERVER_NAME": "model1",
+    "MODEL1_CLIENT__TOKEN_FILE": "/etc/client/token",
+}
 TRAFFIC_PROGRAM = str(Path(__file__).with_name("traffic_process.py"))
 PUT = """
 import json, sys, urllib.request
@@ -42,13 +60,28 @@ class Cluster:
     network: Network
     stack: ExitStack
     sets: tuple[str, ...]
+    authority: Authority
     hosts: dict[str, Host] = field(default_factory=dict)
     changes: tuple[str, ...] = ()  # of values, since then
+
+    def __post_init__(self) -> None:
+        data = {
+            name: base64.b64encode(text.encode()).decode()
+            for name, text in self.certificate("pods").items()
+        }
+        self._brought = {"kind": "Secret", "metadata": {"name": CERTIFICATES}, "data": data}
+
+    def certificate(self, name: str) -> Mapping[str, str]:
+        """A new one, by the names that files of it have in a Secret."""
+        issued = self.authority.issue(name)
+        assert issued.cert_file and issued.key_file
+        files = {"ca.crt": issued.ca_file, "tls.crt": issued.cert_file, "tls.key": issued.key_file}
+        return {name: file.read_text() for name, file in files.items()}
 
     @property
     def manifests(self) -> Sequence[Manifest]:
         """As they were installed: a Secret keeps what was drawn then."""
-        return render(*self.sets)
+        return [*render(*self.sets), self._brought]
 
     @property
     def client(self) -> Host:
@@ -124,10 +157,12 @@ class Cluster:
 
     def members(self, host: str = "attention-a") -> list[dict[str, Any]]:
         """Asked of the gateway on that host."""
-        endpoint = f"{self.hosts[host].address}:{GATEWAY_PORT}"
-        words = ("model1", "status", "--format", "json", "--endpoint", endpoint)
+        words = ("model1", "status", "--format", "json", "--endpoint", self.endpoint(host))
         members: list[dict[str, Any]] = json.loads(self.client.run(*words))["topology"]["members"]
         return members
+
+    def endpoint(self, host: str = "attention-a") -> str:
+        return f"{self.hosts[host].address}:{GATEWAY_PORT}"
 
     def ready(self, role: str, host: str = "attention-a") -> list[dict[str, Any]]:
         return [m for m in self.members(host) if (m["role"], m["state"]) == (role, "ready")]
@@ -165,9 +200,10 @@ class Cluster:
 @contextmanager
 def chart_cluster(folder: Path, questions: Sequence[Question], *sets: str) -> Iterator[Cluster]:
     """Head, attention-a, experts-a, a Valkey, and a client; the application is submitted and
-    serves."""
+    serves. Every connection of ours has TLS with a certificate at both ends, every client a token.
+    """
     with network(folder) as hosts, ExitStack() as stack:
-        cluster = Cluster(hosts, stack, sets)
+        cluster = Cluster(hosts, stack, (*sets, *SAFE), Authority(folder / "authority"))
         cluster.start_valkey()
         (grpc_name,) = cluster.service_names("-grpc")
         # Every host that may have a gateway: whoever asks takes the first that answers.
@@ -175,8 +211,13 @@ def chart_cluster(folder: Path, questions: Sequence[Question], *sets: str) -> It
         rows = [
             {name: getattr(each, name) for name in each.__dataclass_fields__} for each in questions
         ]
-        client = cluster.add("client", CLIENT, {"questions.json": json.dumps(rows)})
-        client.start("exec sleep infinity", {"HOME": "/tmp", "OMP_NUM_THREADS": "1"})
+        name = find(cluster.manifests, "Secret", "-auth")["metadata"]["name"]
+        token = secrets_of(cluster.manifests)[name, "tokens"]
+        shown = {**cluster.certificate("client"), "token": token}
+        etc = {f"client/{name}": text for name, text in shown.items()}
+        client = cluster.add("client", CLIENT, {**etc, "questions.json": json.dumps(rows)})
+        environment = {"HOME": "/tmp", "OMP_NUM_THREADS": "1", **SHOWN}
+        client.start("exec sleep infinity", environment)
         pod = pod_of(cluster.manifests, "head")
         cluster.add("head", HEAD, mounted_in_etc(cluster.manifests, pod))
         cluster.start("head")

@@ -18,7 +18,6 @@ from model1 import shipped_model_dir
 from tests.e2e.chart_cluster import (
     ATTENTION_B,
     EXPERTS_B,
-    GATEWAY_PORT,
     Cluster,
     chart_cluster,
 )
@@ -56,7 +55,7 @@ def has(cluster: Cluster, host: str, wanted: dict[str, int]) -> bool:
 
 
 def test_a_request_is_answered_from_a_fourth_host(cluster: Cluster) -> None:
-    endpoint = f"{cluster.hosts['attention-a'].address}:{GATEWAY_PORT}"
+    endpoint = cluster.endpoint()
     words = ("model1", "generate", "Once upon a time", "--max-tokens", "8")
     here = subprocess.run(
         [sys.executable, "-m", "cluster.main", *words[1:], "--local"],
@@ -64,6 +63,13 @@ def test_a_request_is_answered_from_a_fourth_host(cluster: Cluster) -> None:
         text=True,
     )
     assert cluster.client.run(*words, "--endpoint", endpoint) == here.stdout
+    for left_out, refusal in (
+        (("TOKEN_FILE",), "UNAUTHENTICATED"),
+        (("CERT_FILE", "KEY_FILE"), "no gateway answers"),
+    ):
+        unset = [f"--unset=MODEL1_CLIENT__{name}" for name in left_out]
+        with pytest.raises(AssertionError, match=refusal):
+            cluster.client.run("env", *unset, *words, "--endpoint", endpoint)
     names = {member["name"] for member in cluster.members()}
     assert {"attention-0", "expert-0-0", "expert-1-0", "supervisor"} <= names
 

@@ -2,18 +2,23 @@
 JSON what came of it.
 
 `python traffic_process.py QUESTIONS STREAMS TARGET`: QUESTIONS is JSON, TARGET what gRPC
-resolves, such as ipv4:10.0.0.1:50051,10.0.0.2:50051 for all that a headless Service has.
+resolves, such as ipv4:10.0.0.1:50051,10.0.0.2:50051 for all that a headless Service has. What is
+shown to them, MODEL1_CLIENT__... says, as for `model1 generate`.
 """
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 
+import grpc
 import grpc.aio
 
+from cluster.access import access
 from cluster.chaos.questions import Question
 from cluster.chaos.traffic import Traffic
+from cluster.config import load_settings
 from services.rpc import CHANNEL_OPTIONS
 
 # What a client of several gateways wants: all of them in turn, and another one when the first
@@ -36,8 +41,17 @@ SERVICE_CONFIG = {
 
 
 async def main(questions: list[Question], streams: int, target: str) -> None:
-    options = [*CHANNEL_OPTIONS, ("grpc.service_config", json.dumps(SERVICE_CONFIG))]
-    async with grpc.aio.insecure_channel(target, options=options) as channel:
+    shown = access(load_settings(environment=os.environ), target)
+    assert shown.tls and shown.tls.server_name and shown.token
+    options = [
+        *CHANNEL_OPTIONS,
+        ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+        ("grpc.ssl_target_name_override", shown.tls.server_name),
+    ]
+    credentials = grpc.composite_channel_credentials(
+        shown.tls.channel_credentials(), grpc.access_token_call_credentials(shown.token)
+    )
+    async with grpc.aio.secure_channel(target, credentials, options=options) as channel:
         traffic = Traffic(channel, questions, streams=streams, seed=0)
         running = asyncio.create_task(traffic.run())
         print("asking", flush=True)

@@ -308,6 +308,7 @@ def test_no_number_of_a_tier_is_forgotten() -> None:
 def test_no_number_of_a_store_is_forgotten() -> None:
     stat = kvstore_pb2.KvStatResponse()
     numbers = numbered(stat, but=("uptime_seconds", "workers"))
+    numbers |= numbered(stat.sessions, start=2000)
     found = samples(report(stores=[("kvstore-0", stat)]))
     assert numbers - values(found, store="kvstore-0") == set()
 
@@ -320,6 +321,15 @@ def test_what_a_tier_cannot_say_has_no_series() -> None:
     for name in (*sizes, *times):
         assert list(found.labels(f"model1_kv_tier_{name}")) == []
     assert found("model1_kv_tier_hits_total", store="kvstore-0", tier="peer") == 0
+
+
+def test_session_records_that_no_disk_takes_are_a_degraded_store() -> None:
+    sessions = kvstore_pb2.KvSessionsStat(degraded="disk I/O error", waiting=3)
+    stat = kvstore_pb2.KvStatResponse(sessions=sessions)
+    found = samples(report(stores=[("kvstore-0", stat)]))
+    assert found("model1_kv_store_degraded", store="kvstore-0") == 1
+    reasons = [{"store": "kvstore-0", "tier": "sessions", "reason": "disk I/O error"}]
+    assert list(found.labels("model1_kv_degraded_info")) == reasons
 
 
 def test_a_degraded_tier_says_so_and_a_working_one_nothing() -> None:

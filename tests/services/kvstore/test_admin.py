@@ -276,3 +276,23 @@ async def test_serving_goes_on_without_a_disk_that_works_and_uses_it_when_it_doe
         assert (await disk_stat()).blobs == 4
         await admin.Evict(kvstore_pb2.KvEvictRequest(tier=RAM, keys=_keys(range(4))))
         assert await read(worker, range(4)) == [Tier.DISK] * 4
+
+
+async def test_session_records_without_a_disk_say_why_until_there_is_one(
+    open_store: OpenStore, tmp_path: Path
+) -> None:
+    place = tmp_path / "unmounted"
+    server = await open_store("without", sessions_dir=place)
+    async with rpc.channel(server.address) as channel:
+        admin = kvstore_pb2_grpc.KvAdminStub(channel)
+
+        async def reason() -> str:
+            return (await admin.Stat(kvstore_pb2.KvStatRequest())).sessions.degraded
+
+        assert "No such file" in await reason()
+        place.mkdir()
+
+        async def is_back() -> bool:
+            return not await reason()
+
+        await eventually(is_back)
