@@ -13,7 +13,7 @@ from protos import inference_pb2, inference_pb2_grpc
 from tests.e2e.command import Served, run, run_json, served, wait_until, wait_until_gone
 from tests.e2e.turns import BLOCKS_TOKENS, PROMPT, SESSION, generated, kv_tokens, turn
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_a_session_outlives_the_deployment(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -45,7 +45,6 @@ def test_a_session_outlives_the_deployment(tiny_checkpoint: Path, tmp_path: Path
         assert deployment.stop().code == 0
 
 
-@pytest.mark.slow
 def test_serving_goes_on_without_its_kv_store(tiny_checkpoint: Path) -> None:
     with served("--model", tiny_checkpoint) as deployment:
         at = ("--endpoint", deployment.endpoint)
@@ -72,7 +71,6 @@ def _store(deployment: Served) -> dict[str, Any]:
     return store
 
 
-@pytest.mark.slow
 def test_every_verb_about_sessions_and_kv(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with served("--model", tiny_checkpoint, "--kv-path", tmp_path / "kv") as deployment:
         answer = turn(deployment, PROMPT, *SESSION)

@@ -97,7 +97,10 @@ async def deployed(
             return Topology(1, ())
 
         config = GatewayConfig(
-            model_dir=tiny_model.write_model_dir(directory), version="1", address="127.0.0.1:0"
+            model_dir=tiny_model.write_model_dir(directory),
+            version="1",
+            address="127.0.0.1:0",
+            continue_patience_seconds=1.0,
         )
         gateway = await GatewayServer.open(config, topology, StagedOperations())
         stack.push_async_callback(gateway.stop, 0)

@@ -409,21 +409,24 @@ async def test_a_wrong_answer_or_a_refusal_sends_the_rows_elsewhere(
 
 
 async def test_a_call_id_used_twice_fails_alone(tmp_path: Path) -> None:
+    scripted = ScriptedExpert(_exact)
     async with (
         dispatch_plane(tmp_path, num_groups=1) as plane,
+        scripted.serving(f"unix:{tmp_path}/scripted.sock") as address,
         rpc.channel(plane.router_server.address) as channel,
     ):
+        await plane.router.update(table_of(2, EVERY_EXPERT, [[address]]))
+        scripted.may_answer.clear()  # the first call is under way until the second has its answer
         stream = router_pb2_grpc.RouterStub(channel).Dispatch()
         await stream.initial_metadata()
         call = random_call(5)
         rows = LayerRows(0, call.rows.numpy(), call.expert_ids.numpy(), call.weights.numpy())
         for _ in range(2):
             await stream.write(wire.encode_layer_rows(1, rows, None))
-        answers = [await stream.read() for _ in range(2)]
-        assert sorted(answer.error.code for answer in answers) == [
-            grpc.StatusCode.OK.value[0],
-            grpc.StatusCode.INVALID_ARGUMENT.value[0],
-        ]
+        codes = [(await stream.read()).error.code]
+        scripted.may_answer.set()
+        codes += [(await stream.read()).error.code]
+        assert codes == [grpc.StatusCode.INVALID_ARGUMENT.value[0], grpc.StatusCode.OK.value[0]]
         stream.cancel()
         await _assert_exact(plane)  # the links to the replicas are whole
 
