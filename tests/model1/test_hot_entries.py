@@ -115,7 +115,9 @@ def traffic(model: Model, pool: KVPool) -> Iterator[Tensor]:
     pool.check()
 
 
-@pytest.mark.parametrize(("topk", "dtype"), ((4, F32), (70, BF16)))
+@pytest.mark.parametrize(
+    ("topk", "dtype"), (pytest.param(4, F32, marks=pytest.mark.slow), (70, BF16))
+)
 def test_logits_are_those_of_a_pool_with_all_entries_on_the_device(
     topk: int, dtype: torch.dtype
 ) -> None:
@@ -143,7 +145,7 @@ def test_fp8_records_are_held_as_records() -> None:
             assert torch.equal(logits, right)
 
 
-@pytest.mark.parametrize("hot_entries", (1, 1000))
+@pytest.mark.parametrize("hot_entries", (1, pytest.param(1000, marks=pytest.mark.slow)))
 def test_bodies_come_and_go_as_from_the_device(hot_entries: int) -> None:
     """Into blocks whose earlier contents were in the buffer, and out of them again."""
     model = model_of(8, BF16)

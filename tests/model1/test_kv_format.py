@@ -58,6 +58,13 @@ each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=map(str, C
 each_dtype = pytest.mark.parametrize(
     "dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16")
 )
+each_dtype_float32_slow = pytest.mark.parametrize(
+    "dtype",
+    (
+        pytest.param(torch.float32, marks=pytest.mark.slow, id="float32"),
+        pytest.param(torch.bfloat16, id="bfloat16"),
+    ),
+)
 
 
 class RoundedRows:
@@ -116,7 +123,7 @@ def run(
 
 @each_device
 @each_config
-@each_dtype
+@each_dtype_float32_slow
 def test_reading_records_is_reading_rounded_rows(
     config: ModelConfig, dtype: torch.dtype, device: str
 ) -> None:

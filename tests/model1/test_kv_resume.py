@@ -118,7 +118,13 @@ def assert_same_bits(logits: Tensor, expected: Tensor) -> None:
     assert not wrong, f"{len(wrong)} of {len(logits)} rows differ, first at {wrong[:5]}"
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize(
+    "dtype",
+    (
+        pytest.param(torch.float32, marks=pytest.mark.slow, id="float32"),
+        pytest.param(torch.bfloat16, id="bfloat16"),
+    ),
+)
 @pytest.mark.parametrize("window", [pytest.param(WINDOWS[0], marks=pytest.mark.slow), *WINDOWS[1:]])
 def test_a_sequence_resumes_at_every_boundary_beside_others(
     window: int, dtype: torch.dtype

@@ -45,17 +45,20 @@ DEVICES = (
 DTYPES = (torch.float32, torch.bfloat16)
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-each_case_and_ties = pytest.mark.parametrize("case", (*CASES, TIED), ids=lambda case: case.name)
-# The largest of them takes as long as all others together, a token at a time.
-each_case_the_largest_slow = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case, marks=[pytest.mark.slow] if case.name == "pro_schedule" else [], id=case.name
-        )
-        for case in (*CASES, TIED)
-    ],
+
+
+def _each(cases: Sequence[Case], *slow: str) -> pytest.MarkDecorator:
+    """Of the cases; those named take long for what they show beyond the others."""
+    marks = {name: [pytest.mark.slow] for name in slow}
+    params = [pytest.param(case, marks=marks.get(case.name, []), id=case.name) for case in cases]
+    return pytest.mark.parametrize("case", params)
+
+
+each_case = _each(CASES)
+each_case_and_ties = _each((*CASES, TIED))
+each_case_the_largest_slow = _each((*CASES, TIED), "pro_schedule")
+each_case_most_slow = _each(
+    CASES, "topk_covers_all", "short_hca_ratio", "real_head_sizes", "sliding_window_only"
 )
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16"))
 
@@ -234,7 +237,7 @@ def test_a_recycled_pool_gives_the_same_bits_as_a_fresh_one(
     _assert_same_bits(logits, fresh)
 
 
-@each_case
+@each_case_most_slow
 def test_greedy_tokens_equal_those_of_transformers(case: Case, device: str, models: Models) -> None:
     model = models(case, torch.float32, device)
     theirs = oracle.random_model(case).to(device)
