@@ -11,6 +11,7 @@ copy whose replica owes the fewest pairs, which over many layer crossings comes 
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -241,22 +242,52 @@ class _Search:
         return True
 
     def _make_room(self, expert: int) -> bool:
-        """Another copy where another expert, of little load, leaves for a free slot elsewhere."""
-        share, lacks = self._share(), ~self._holds[:, expert]
-        options: list[tuple[float, int, int, int]] = []  # (share, giver, taker, expert to move)
-        for taker in np.flatnonzero(self._holds.sum(axis=1) < self._slots).tolist():
-            if lacks[taker]:
-                self._holds[taker, expert] = True
+        """Another copy, for which one replica after the other gives an expert to the next, until
+        one has a free slot or drops a copy that need not be. Finds a way if there is one: of the
+        fewest moves, and of these the one of least load."""
+        copies = self._holds.sum(axis=0)
+        is_full = self._holds.sum(axis=1) >= self._slots
+        is_spare = copies > self._min_copies
+        # Beyond the most copies only where nothing can be dropped.
+        for may_add in (True,) if copies.sum() < self._max_copies else (False, True):
+            is_end = (self._holds & is_spare).any(axis=1) | (may_add & ~is_full)
+            if (way := self._cheapest_way(expert, is_end)) is not None:
+                end, givers = way
+                if not may_add or is_full[end]:
+                    spare = np.flatnonzero(self._holds[end] & is_spare)
+                    self._holds[end, spare[np.argmin(self._share()[spare])]] = False
+                while end in givers:
+                    giver, given = givers[end]
+                    self._holds[giver, given], self._holds[end, given] = False, True
+                    end = giver
+                self._holds[end, expert] = True
                 return True
-            for giver in np.flatnonzero(lacks).tolist():
-                for other in np.flatnonzero(self._holds[giver] & ~self._holds[taker]).tolist():
-                    options.append((share[other], giver, taker, other))
-        if not options:
-            return False
-        _, giver, taker, other = min(options)
-        self._holds[giver, other], self._holds[taker, other] = False, True
-        self._holds[giver, expert] = True
-        return True
+        return False
+
+    def _cheapest_way(
+        self, expert: int, is_end: NDArray[np.bool_]
+    ) -> tuple[int, dict[int, tuple[int, int]]] | None:
+        """From a replica that lacks the expert to one where room can be made: the end, and who
+        gives what to each replica on the way. Dijkstra's, over replicas."""
+        share = self._share()
+        givers: dict[int, tuple[int, int]] = {}
+        cost = {replica: (0, 0.0) for replica in np.flatnonzero(~self._holds[:, expert]).tolist()}
+        waiting = [(*least, replica) for replica, least in cost.items()]  # a heap: all alike
+        while waiting:
+            moves, moved_load, giver = heapq.heappop(waiting)
+            if (moves, moved_load) > cost[giver]:
+                continue
+            if is_end[giver]:
+                return giver, givers
+            # What each other replica could take of it with least load; inf: nothing.
+            could_take = np.where(self._holds[giver] & ~self._holds, share, np.inf)  # [R, E]
+            given = could_take.argmin(axis=1)
+            for taker in np.flatnonzero(np.isfinite(could_take.min(axis=1))).tolist():
+                so_far = (moves + 1, moved_load + share[given[taker]])
+                if so_far < cost.get(taker, (math.inf, 0.0)):
+                    cost[taker], givers[taker] = so_far, (giver, int(given[taker]))
+                    heapq.heappush(waiting, (*so_far, taker))
+        return None
 
     def _share(self) -> NDArray[np.float64]:
         """The load of one copy of each expert [E]."""

@@ -78,6 +78,14 @@ def test_room_is_made_where_only_those_that_have_the_expert_have_any() -> None:
     )
 
 
+def test_room_is_made_by_a_chain_of_moves_where_no_single_one_makes_it() -> None:
+    stay = replicas_of([[4, 5, 6, 9], [0, 1, 8], [2, 3, 5, 7]], slots=7)
+    least = [1, 1, 2, 3, 2, 1, 3, 3, 2, 3]  # as many as there are slots
+    few_moves = BalanceSettings(redundancy=0.0)
+    plan = plan_placement([0.0] * 8 + [1.0, 1.0], stay, few_moves, min_copies=least)
+    assert all(copies(plan.after)[expert] >= fewest for expert, fewest in enumerate(least))
+
+
 @given(cases())
 def test_a_plan_says_what_it_reaches(case: Case) -> None:
     plan = plan_placement(case.load, case.replicas, SETTINGS)
