@@ -298,6 +298,7 @@ async def test_entries_in_host_memory_give_the_same_tokens(
     assert [token for f in frames if isinstance(f, Piece) for token in f.token_ids] == expected
 
 
+@pytest.mark.slow
 async def test_fp8_kv_gives_the_same_tokens_here_and_deployed(
     settings: Settings, socket_folder: Path
 ) -> None:

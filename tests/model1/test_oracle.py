@@ -55,8 +55,8 @@ def _each(cases: Sequence[Case], *slow: str) -> pytest.MarkDecorator:
 
 
 each_case = _each(CASES)
-each_case_and_ties = _each((*CASES, TIED))
-each_case_the_largest_slow = _each((*CASES, TIED), "pro_schedule")
+each_case_and_ties = _each((*CASES, TIED), "all_hash_three_streams")
+each_case_the_largest_slow = _each((*CASES, TIED), "all_hash_three_streams", "pro_schedule")
 each_case_most_slow = _each(
     CASES, "topk_covers_all", "short_hca_ratio", "real_head_sizes", "sliding_window_only"
 )

@@ -34,6 +34,7 @@ async def test_a_second_prompt_shares_the_blocks_on_the_device() -> None:
     assert other == KvUsage(computed_tokens=300)
 
 
+@pytest.mark.slow
 async def test_what_the_device_gave_up_comes_back_from_the_store() -> None:
     prompt = prompt_of(WHOLE_PROMPT)
     async with Worker().running() as worker:

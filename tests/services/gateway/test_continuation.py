@@ -102,7 +102,10 @@ async def scripted(
         yield deployment
 
 
-@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling",
+    [pytest.param({}, id="greedy"), pytest.param(SAMPLED, id="sampled", marks=pytest.mark.slow)],
+)
 async def test_a_stream_goes_on_at_another_worker_with_the_same_tokens(
     tmp_path: Path, sampling: dict[str, Any]
 ) -> None:
