@@ -32,3 +32,10 @@ _settle_environment()
 @pytest.fixture(autouse=True)
 def _scrubbed_environment() -> None:
     _settle_environment()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes a minute on a quiet machine takes several on one with other work."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(600))
