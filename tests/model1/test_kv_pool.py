@@ -310,7 +310,7 @@ class PoolUnderLoad(RuleBasedStateMachine):
 
 
 TestPoolUnderLoad = PoolUnderLoad.TestCase
-TestPoolUnderLoad.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
+TestPoolUnderLoad.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
 
 
 @pytest.mark.parametrize("window", (2, 4, 8, 16))

@@ -73,7 +73,12 @@ async def test_32_at_once_and_whatever_is_lost_the_bits_are_those_of_a_resident_
 
 
 @pytest.mark.parametrize(
-    "num_aborts", [60, pytest.param(10_000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])]
+    "num_aborts",
+    [
+        60,
+        pytest.param(200, marks=pytest.mark.slow),
+        pytest.param(10_000, marks=[pytest.mark.long, pytest.mark.timeout(3600)]),
+    ],
 )
 async def test_aborts_at_random_moments_leak_nothing(num_aborts: int) -> None:
     draw = random.Random(num_aborts)
