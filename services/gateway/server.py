@@ -1,5 +1,7 @@
 """The gRPC edge of a gateway's requests, and its life from listening to closed."""
 
+import asyncio
+import contextlib
 from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -39,6 +41,11 @@ if TYPE_CHECKING:
 
 # After the gateway has ended every request, its handlers only have a last message to hand over.
 HANDLERS_GRACE_S = 1.0
+# A gateway that has drained goes on refusing until nobody has asked for the one time, at most for
+# the other: a client needs a moment to see that its health is NOT_SERVING, and gRPC's server
+# answers CANCELLED, not UNAVAILABLE, to calls that it has not handed over when it closes.
+QUIET_S = 0.5
+LINGER_S = 3.0
 
 StreamContext: TypeAlias = grpc.aio.ServicerContext[
     inference_pb2.GenerateRequest, inference_pb2.GenerateStreamResponse
@@ -184,11 +191,21 @@ class GatewayServer:
         """Stop admitting, finish until `grace_s`, abort the rest, close."""
         await self._server.set_serving(False)
         await self.gateway.drain(grace_s)
+        if grace_s > 0:
+            await self._until_nobody_asks()
         await self._server.stop(HANDLERS_GRACE_S)
         if self._metrics is not None:  # as late as that: a drain is worth watching
             await self._metrics.stop()
         await self.gateway.workers.close()
         await self.gateway.sessions.stores.close()
+
+    async def _until_nobody_asks(self) -> None:
+        counters, received = self.gateway.counters, -1
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while received != counters.received:
+                    received = counters.received
+                    await asyncio.sleep(QUIET_S)
 
 
 async def _open_metrics(

@@ -21,10 +21,11 @@ from cluster.chaos.traffic import Traffic
 from cluster.config import load_settings
 from services.rpc import CHANNEL_OPTIONS
 
-# What a client of several gateways wants: all of them in turn, and another one when the first
-# refuses before it has accepted.
+# What a client of several gateways wants (README, "On Kubernetes"): all in turn whose health says
+# that they serve, and another one when the first refuses before it has accepted.
 SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
+    "healthCheckConfig": {"serviceName": ""},
     "methodConfig": [
         {
             "name": [{"service": "model1.v1.Inference"}],

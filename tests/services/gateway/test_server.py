@@ -1,8 +1,10 @@
 """The gateway's gRPC edge: real servers all the way to a tiny model, and a tour of bad input."""
 
 import asyncio
+import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from protos import control_pb2, inference_pb2
+from protos import control_pb2, inference_pb2, inference_pb2_grpc
 from services import rpc
 from services.errors import DeadlineExceeded
 from services.gateway.admission import AskedRequest
@@ -316,3 +318,30 @@ async def test_a_port_in_use_is_named(deployment: Deployment, tmp_path: Path) ->
 def test_the_gateway_never_imports_torch() -> None:
     statement = "import sys, services.gateway.server; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", statement], cwd=ROOT, check=True)
+
+
+async def test_a_client_that_watches_health_is_never_cut_off_by_a_gateway_that_stops(
+    deployment: Deployment,
+) -> None:
+    # gRPC's server answers CANCELLED to calls that wait to be taken when it closes.
+    service_config = {
+        "loadBalancingConfig": [{"round_robin": {}}],
+        "healthCheckConfig": {"serviceName": ""},
+    }
+    options = [("grpc.service_config", json.dumps(service_config))]
+    refused: Counter[grpc.StatusCode] = Counter()
+    async with grpc.aio.insecure_channel(deployment.gateway.address, options=options) as channel:
+        generate = inference_pb2_grpc.InferenceStub(channel).Generate
+
+        async def ask() -> None:
+            while not refused[grpc.StatusCode.UNAVAILABLE] > 200:
+                try:
+                    await generate(request(max_tokens=1))
+                except grpc.aio.AioRpcError as error:
+                    refused[error.code()] += 1
+
+        asking = [asyncio.create_task(ask()) for _ in range(32)]
+        await asyncio.sleep(0.2)
+        await deployment.gateway.stop(grace_s=5)
+        await asyncio.gather(*asking)
+    assert set(refused) <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
