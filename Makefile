@@ -12,7 +12,7 @@ demo: .venv/.installed ## serve the shipped model on a local Ray, ask it somethi
 	$(BIN)/model1 demo
 
 test: .venv/.installed-dev ## the default tests: CPU, no network
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 check: .venv/.installed-dev ## linters, types, import rules
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

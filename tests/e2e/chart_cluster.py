@@ -123,7 +123,7 @@ class Cluster:
         etc = mounted_in_etc(self.manifests, pod)
         etc["valkey/valkey.conf"] = etc["valkey/valkey.conf"].replace("dir /data", "dir /tmp")
         host = self.add("valkey", VALKEY, etc)
-        (name, *_), (container,) = self.service_names("-valkey"), pod["containers"]
+        name, (container,) = self.service_name("-valkey"), pod["containers"]
         secrets = secrets_of(self.manifests)
         environment = {
             each["name"]: secrets[(key := each["valueFrom"]["secretKeyRef"])["name"], key["key"]]
@@ -132,9 +132,9 @@ class Cluster:
         host.start(f"mkdir -p /run/valkey; {container['command'][2]}", environment)
         self.network.names[name] = [host.address]
 
-    def service_names(self, ending: str) -> list[str]:
-        name = find(self.manifests, "Service", ending)["metadata"]["name"]
-        return [name]
+    def service_name(self, ending: str) -> str:
+        name: str = find(self.manifests, "Service", ending)["metadata"]["name"]
+        return name
 
     def submit(self, *sets: str) -> None:
         """What KubeRay does when serveConfigV2 has changed; `sets` win over those before."""
@@ -206,7 +206,7 @@ def chart_cluster(folder: Path, questions: Sequence[Question], *sets: str) -> It
     with network(folder) as hosts, ExitStack() as stack:
         cluster = Cluster(hosts, stack, (*sets, *SAFE), Authority(folder / "authority"))
         cluster.start_valkey()
-        (grpc_name,) = cluster.service_names("-grpc")
+        grpc_name = cluster.service_name("-grpc")
         # Every host that may have a gateway: whoever asks takes the first that answers.
         hosts.names[grpc_name] = [hosts.address(number) for number in (ATTENTION_A, ATTENTION_B)]
         rows = [

@@ -116,10 +116,15 @@ def traffic(model: Model, pool: KVPool) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("topk", "dtype"), (pytest.param(4, F32, marks=pytest.mark.slow), (70, BF16))
+    ("topk", "dtype", "sizes"),
+    (
+        (70, BF16, (1, 100)),
+        pytest.param(70, BF16, (32, 1000), marks=pytest.mark.slow),
+        pytest.param(4, F32, (1, 32, 100, 1000), marks=pytest.mark.slow),
+    ),
 )
 def test_logits_are_those_of_a_pool_with_all_entries_on_the_device(
-    topk: int, dtype: torch.dtype
+    topk: int, dtype: torch.dtype, sizes: tuple[int, ...]
 ) -> None:
     """From a buffer that holds nothing that is asked for to one that holds everything.
 
@@ -128,7 +133,7 @@ def test_logits_are_those_of_a_pool_with_all_entries_on_the_device(
     """
     model = model_of(8, dtype, topk)
     expected = [*traffic(model, pool_of(model, None))]
-    for hot_entries in (1, 32, 100, 1000):
+    for hot_entries in sizes:
         pool = pool_of(model, hot_entries)
         for logits, right in zip(traffic(model, pool), expected, strict=True):
             assert torch.equal(logits, right)
@@ -136,13 +141,13 @@ def test_logits_are_those_of_a_pool_with_all_entries_on_the_device(
         assert (used.hits > 0, used.bypassed > 0) == (hot_entries > 1, hot_entries < 1000)
 
 
-def test_fp8_records_are_held_as_records() -> None:
+@pytest.mark.parametrize("hot_entries", (32, pytest.param(1000, marks=pytest.mark.slow)))
+def test_fp8_records_are_held_as_records(hot_entries: int) -> None:
     model = model_of(8, BF16)
     expected = [*traffic(model, pool_of(model, None, KVFormat.FP8))]
-    for hot_entries in (32, 1000):
-        pool = pool_of(model, hot_entries, KVFormat.FP8)
-        for logits, right in zip(traffic(model, pool), expected, strict=True):
-            assert torch.equal(logits, right)
+    pool = pool_of(model, hot_entries, KVFormat.FP8)
+    for logits, right in zip(traffic(model, pool), expected, strict=True):
+        assert torch.equal(logits, right)
 
 
 @pytest.mark.parametrize("hot_entries", (1, pytest.param(1000, marks=pytest.mark.slow)))

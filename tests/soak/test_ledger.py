@@ -24,7 +24,7 @@ BLOCK_TOKENS = 128
 
 
 async def test_an_engine_without_tiers_says_what_the_resident_oracle_says() -> None:
-    model, traffic = soak_model(), sessions(seed=3, first=0, count=8, longest_tokens=1000)
+    model, traffic = soak_model(), sessions(seed=3, first=0, count=5, longest_tokens=600)
     trunk, ledger = RecordingTrunk(model.trunk), Ledger()
     limits = SchedulerLimits(max_batch_tokens=200, max_sequences=7)
     pool = model.pool(7 * 1024, 7)

@@ -10,8 +10,8 @@ from tests.soak.traffic import LONGEST_TOKENS
 
 
 async def test_a_few_sessions_say_what_resident_ones_say(tmp_path: Path) -> None:
-    report = await _soak(16, 1500, tmp_path)
-    assert report.num_resumes >= 5
+    report = await _soak(8, 1000, tmp_path)
+    assert report.num_resumes >= 2
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ async def test_32_at_once_and_whatever_is_lost_the_bits_are_those_of_a_resident_
 @pytest.mark.parametrize(
     "num_aborts",
     [
-        60,
+        30,
         pytest.param(200, marks=pytest.mark.slow),
         pytest.param(10_000, marks=[pytest.mark.long, pytest.mark.timeout(3600)]),
     ],
