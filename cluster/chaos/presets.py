@@ -56,6 +56,7 @@ PRESETS = {
         faults=(Fault.SCALE_EXPERTS,),
         max_faults=200,
         topology=_topology(1, 2, 1),
+        minutes=16.0,
         pause_seconds=0.5,
         judges=(longest_gap(0.25, steps=2), kept_blocks),
     ),

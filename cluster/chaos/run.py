@@ -162,7 +162,8 @@ async def _inject_all(
             f"{injected.recovered - injected.at:.1f} s; {log.num_answered} answered, "
             f"{len(log.wrong)} wrong, {len(log.failed)} failed"
         )
-        await asyncio.sleep(draw.uniform(0.0, plan.pause_seconds))
+        pause = draw.uniform(0.0, plan.pause_seconds)
+        await asyncio.sleep(min(pause, max(0.0, until - time.monotonic())))
     await asyncio.sleep(STEADY_SECONDS)
 
 

@@ -5,6 +5,8 @@ transformers initialises to 0 or 1 (sinks, biases, hash tables, norms) is drawn 
 and the experts' inputs are large enough to reach the SwiGLU clamp: else those paths are untested.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers  # which imports a model when it is used, so that it costs nobody else
 from torch import Tensor, nn
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
-
-__all__ = ["CASES", "Case", "DeepseekV4ForCausalLM", "build", "greedy", "logits", "random_model"]
 
 _YARN = {
     "rope_type": "yarn",
@@ -59,11 +59,11 @@ class Case:
     def longest(self) -> int:
         return max(self.lengths)
 
-    def config(self) -> DeepseekV4Config:
+    def config(self) -> transformers.DeepseekV4Config:
         settings = _SMALL | self.changes
         layers = settings.get("compress_ratios") or settings["layer_types"]
         # No end-of-text token: greedy runs are compared over their whole length.
-        return DeepseekV4Config(
+        return transformers.DeepseekV4Config(
             **settings, num_hidden_layers=len(layers), eos_token_id=None, pad_token_id=0
         )
 
@@ -157,17 +157,17 @@ CASES = (
 )
 
 
-def build(case: Case, directory: Path, seed: int = 0) -> DeepseekV4ForCausalLM:
+def build(case: Case, directory: Path, seed: int = 0) -> transformers.DeepseekV4ForCausalLM:
     """Save a random float32 checkpoint of the case to `directory`; returns transformers' model."""
     model = random_model(case, seed)
     model.save_pretrained(directory)
     return model
 
 
-def random_model(case: Case, seed: int = 0) -> DeepseekV4ForCausalLM:
+def random_model(case: Case, seed: int = 0) -> transformers.DeepseekV4ForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = DeepseekV4ForCausalLM(case.config()).eval().float()
+        model = transformers.DeepseekV4ForCausalLM(case.config()).eval().float()
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
                 _randomise(name, tensor, model.config)
@@ -182,7 +182,7 @@ def token_ids(case: Case, length: int, seed: int = 0) -> list[int]:
 
 
 @torch.no_grad()
-def logits(model: DeepseekV4ForCausalLM, ids: list[int]) -> Tensor:
+def logits(model: transformers.DeepseekV4ForCausalLM, ids: list[int]) -> Tensor:
     """`[T, vocab]` float32 from one uncached forward pass."""
     device = model.lm_head.weight.device
     out: Tensor = model(torch.tensor([ids], device=device), use_cache=False).logits[0]
@@ -190,7 +190,7 @@ def logits(model: DeepseekV4ForCausalLM, ids: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-def greedy(model: DeepseekV4ForCausalLM, ids: list[int], max_tokens: int) -> list[int]:
+def greedy(model: transformers.DeepseekV4ForCausalLM, ids: list[int], max_tokens: int) -> list[int]:
     """New tokens of transformers' own `generate`."""
     prompt = torch.tensor([ids], device=model.lm_head.weight.device)
     out = model.generate(
@@ -222,7 +222,7 @@ def recorded(module: nn.Module, suffix: str) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-def _randomise(name: str, tensor: Tensor, config: DeepseekV4Config) -> None:
+def _randomise(name: str, tensor: Tensor, config: transformers.DeepseekV4Config) -> None:
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "tid2eid":
         order = torch.rand(tensor.shape[0], config.n_routed_experts).argsort(dim=-1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -325,7 +326,7 @@ def test_transformers_reads_back_what_we_save(
     bank = load_experts(written["saved"], [2, 0, 3, 1], F32, "cpu")
     save_checkpoint(tmp_path, config, trunk, bank, dtype)
 
-    model, problems = oracle.DeepseekV4ForCausalLM.from_pretrained(
+    model, problems = transformers.DeepseekV4ForCausalLM.from_pretrained(
         tmp_path, dtype=dtype, output_loading_info=True
     )
     assert not any(problems.values())
