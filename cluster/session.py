@@ -3,11 +3,12 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc.aio
 from google.protobuf.message import Message
 
 from cluster.access import Access
@@ -16,6 +17,7 @@ from cluster.output import text_table
 from cluster.plain import as_json
 from cluster.session_file import SessionFileError, new_session_file, read_session
 from protos import sessions_pb2, sessions_pb2_grpc
+from services.session_record import IMPORT_ACCEPTED
 
 HEADER = ("session", "tokens", "version", "last used", "pinned", "worker", "state")
 
@@ -94,7 +96,10 @@ class SessionCommand:
             unread: list[SessionFileError] = []
             parts = _noted(read_session(file), unread)
             try:
-                answer = await stub.Import(_requests(self._name(session_id), parts))
+                call = stub.Import(
+                    _requests(self._name(session_id), parts, lambda: call.initial_metadata())
+                )
+                answer = await call
             except asyncio.CancelledError:
                 if unread:  # gRPC gives a call up when its parts fail, and does not tell why
                     raise unread[0] from None
@@ -131,13 +136,19 @@ def _noted(
         raise
 
 
-def _requests(
-    name: sessions_pb2.SessionName, parts: Iterator[sessions_pb2.ExportSessionResponse]
-) -> Iterator[sessions_pb2.ImportSessionRequest]:
+async def _requests(
+    name: sessions_pb2.SessionName,
+    parts: Iterator[sessions_pb2.ExportSessionResponse],
+    told: Callable[[], Awaitable[grpc.aio.Metadata]],
+) -> AsyncIterator[sessions_pb2.ImportSessionRequest]:
+    """The blobs follow once the gateway has taken the session: gRPC may put INTERNAL in the place
+    of a refusal that meets a write."""
     for part in parts:
         if part.WhichOneof("part") == "history":
             session = sessions_pb2.ImportSession(name=name, history=part.history)
             yield sessions_pb2.ImportSessionRequest(session=session)
+            if IMPORT_ACCEPTED not in tuple(await told() or ()):
+                return
         else:
             yield sessions_pb2.ImportSessionRequest(blob=part.blob)
 

@@ -14,6 +14,9 @@ from protos import session_store_pb2
 
 TOKEN_ID_BYTES = 4
 
+# In the initial metadata of an import: the session is taken, its blobs may follow.
+IMPORT_ACCEPTED = ("model1-import", "accepted")
+
 
 class SessionName(NamedTuple):
     """Sessions of different salts are different sessions, whatever their ids."""

@@ -15,7 +15,7 @@ from services import rpc
 from services.errors import ending_with_status
 from services.gateway.session_admin import History, Residence, SessionAdmin
 from services.kvstore.tier import Tier
-from services.session_record import SessionHead, SessionName, packed
+from services.session_record import IMPORT_ACCEPTED, SessionHead, SessionName, packed
 
 DEFAULT_MAX_SESSIONS = 1000
 
@@ -111,7 +111,7 @@ class SessionsService(sessions_pb2_grpc.SessionsServicer):
                 raise InvalidRequest("an import begins with the session")
             history = _history(first.session.history)
             head, written = await self._admin.begin(
-                _name(first.session.name), history, _blobs(request_iterator)
+                _name(first.session.name), history, _blobs(request_iterator, context)
             )
         return sessions_pb2.ImportSessionResponse(
             session=self._session(head),
@@ -155,8 +155,9 @@ def _checksum(token_ids: tuple[int, ...], kv_root: bytes) -> bytes:
 
 
 async def _blobs(
-    requests: AsyncIterator[sessions_pb2.ImportSessionRequest],
+    requests: AsyncIterator[sessions_pb2.ImportSessionRequest], context: Context
 ) -> AsyncIterator[kvstore_pb2.BlobPart]:
+    await context.send_initial_metadata((IMPORT_ACCEPTED,))
     async for request in requests:
         if request.WhichOneof("part") != "blob":
             raise InvalidRequest("after the session there are parts of blobs only")

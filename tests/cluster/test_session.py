@@ -13,6 +13,7 @@ from cluster.session import SessionCommand
 from cluster.session_file import SessionFileError, new_session_file
 from protos import kvstore_pb2, sessions_pb2, sessions_pb2_grpc
 from services import rpc
+from services.session_record import IMPORT_ACCEPTED
 
 BLOB = kvstore_pb2.BlobPart(total_bytes=2**20, data=bytes(2**20))
 
@@ -25,6 +26,8 @@ class _Gateway(sessions_pb2_grpc.SessionsServicer):
         async for request in requests:
             if request.session.name.session_id == "taken":
                 await context.abort(grpc.StatusCode.ALREADY_EXISTS, "there is one")
+            if request.HasField("session"):
+                await context.send_initial_metadata((IMPORT_ACCEPTED,))
             num_blobs += request.HasField("blob")
         return sessions_pb2.ImportSessionResponse(kept_blobs=num_blobs)
 
