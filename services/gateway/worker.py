@@ -14,7 +14,13 @@ import grpc
 
 from protos import attention_pb2, attention_pb2_grpc
 from services import rpc
-from services.errors import InternalFailure, Unavailable, WorkerUnavailable, from_rpc_error
+from services.errors import (
+    InternalFailure,
+    RequestCancelled,
+    Unavailable,
+    WorkerUnavailable,
+    from_rpc_error,
+)
 from services.generation import (
     FINISH_REASON_FROM_WIRE,
     FinishReason,
@@ -91,7 +97,9 @@ class Worker:
                 yield _event_from_wire(message)
         except grpc.aio.AioRpcError as error:
             named = from_rpc_error(error)
-            if isinstance(named, Unavailable):
+            # A cancel of ours ends in CancelledError. One that comes from there is nobody's: gRPC's
+            # server answers so to a call that it has not handed over when it closes.
+            if isinstance(named, Unavailable | RequestCancelled):
                 named = self._unavailable(named)
             raise named from error
         except asyncio.CancelledError:
