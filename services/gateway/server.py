@@ -43,9 +43,10 @@ if TYPE_CHECKING:
 HANDLERS_GRACE_S = 1.0
 # A gateway that has drained goes on refusing until nobody has asked for the one time, at most for
 # the other: a client needs a moment to see that its health is NOT_SERVING, and gRPC's server
-# answers CANCELLED, not UNAVAILABLE, to calls that it has not handed over when it closes.
+# answers CANCELLED, not UNAVAILABLE, to calls that it has not handed over when it closes. All that
+# comes after the grace time has to fit into the supervisor's margin (cluster/roster.py).
 QUIET_S = 0.5
-LINGER_S = 3.0
+LINGER_S = 2.0
 
 StreamContext: TypeAlias = grpc.aio.ServicerContext[
     inference_pb2.GenerateRequest, inference_pb2.GenerateStreamResponse
@@ -188,7 +189,7 @@ class GatewayServer:
         )
 
     async def stop(self, grace_s: float) -> None:
-        """Stop admitting, finish until `grace_s`, abort the rest, close."""
+        """Stop admitting, finish until `grace_s`, abort the rest, close within 4 s."""
         await self._server.set_serving(False)
         await self.gateway.drain(grace_s)
         if grace_s > 0:
