@@ -124,19 +124,29 @@ def run(
 @each_device
 @each_config
 @each_dtype_float32_slow
+@pytest.mark.parametrize(
+    ("sizes", "num_others"),
+    (
+        ([TOKENS], 0),
+        ([1, 3, 50, 64], 0),
+        ([97, 1], 3),
+        pytest.param([97], 3, marks=pytest.mark.slow),
+        pytest.param([1, 90], 2, marks=pytest.mark.slow),
+    ),
+    ids=str,
+)
 def test_reading_records_is_reading_rounded_rows(
-    config: ModelConfig, dtype: torch.dtype, device: str
+    config: ModelConfig, dtype: torch.dtype, device: str, sizes: list[int], num_others: int
 ) -> None:
     model, ids = model_of(config, dtype, device), prompt(TOKENS)
     whole = model.logits(ids, KVFormat.FP8)
     assert whole.isfinite().all()
     assert not torch.equal(whole, model.logits(ids))
-    for sizes, num_others in (([TOKENS], 0), ([1, 3, 50, 64], 0), ([97, 1], 3)):
-        for pool in (pool_of(model, KVFormat.FP8), simulating_pool(model)):
-            others = [pool.allocate(TOKENS) for _ in range(num_others)]
-            handle = pool.allocate(TOKENS)
-            assert torch.equal(run(model, pool, handle, ids, sizes, others), whole), sizes
-            pool.check()
+    for pool in (pool_of(model, KVFormat.FP8), simulating_pool(model)):
+        others = [pool.allocate(TOKENS) for _ in range(num_others)]
+        handle = pool.allocate(TOKENS)
+        assert torch.equal(run(model, pool, handle, ids, sizes, others), whole)
+        pool.check()
 
 
 @settings(max_examples=10, deadline=None)

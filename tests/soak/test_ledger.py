@@ -23,8 +23,14 @@ from tests.soak.traffic import LONGEST_TOKENS, Session, sessions
 BLOCK_TOKENS = 128
 
 
-async def test_an_engine_without_tiers_says_what_the_resident_oracle_says() -> None:
-    model, traffic = soak_model(), sessions(seed=3, first=0, count=5, longest_tokens=600)
+@pytest.mark.parametrize(
+    ("count", "longest_tokens"), ((5, 600), pytest.param(8, 1000, marks=pytest.mark.slow))
+)
+async def test_an_engine_without_tiers_says_what_the_resident_oracle_says(
+    count: int, longest_tokens: int
+) -> None:
+    model = soak_model()
+    traffic = sessions(seed=3, first=0, count=count, longest_tokens=longest_tokens)
     trunk, ledger = RecordingTrunk(model.trunk), Ledger()
     limits = SchedulerLimits(max_batch_tokens=200, max_sequences=7)
     pool = model.pool(7 * 1024, 7)
