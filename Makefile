@@ -12,6 +12,7 @@ demo: .venv/.installed ## serve the shipped model on a local Ray, ask it somethi
 	$(BIN)/model1 demo
 
 test: .venv/.installed-dev ## the default tests: CPU, no network
+	@# Three workers: a third of their time is waiting, and two cores are what a small machine has.
 	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 check: .venv/.installed-dev ## linters, types, import rules

@@ -1,6 +1,10 @@
-"""README's tree is the map of the code, so it lists what there is and nothing else."""
+"""README's tree is the map of the code, so it lists what there is and nothing else. What it says
+that was tried is what was tried."""
 
+import json
 from pathlib import Path
+
+from tests.e2e.traffic_process import SERVICE_CONFIG
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("cluster", "model1", "protos", "services")
@@ -50,3 +54,8 @@ def test_the_tree_lists_nothing_that_is_gone() -> None:
 def test_every_line_of_the_tree_says_what_it_is() -> None:
     comments = _paths_in_tree((ROOT / "README.md").read_text())
     assert [path for path, comment in comments.items() if not comment] == []
+
+
+def test_the_service_config_is_the_one_that_lost_no_request() -> None:
+    told = (ROOT / "README.md").read_text().split("```json\n", 1)[1].split("```", 1)[0]
+    assert json.loads(told) == SERVICE_CONFIG
