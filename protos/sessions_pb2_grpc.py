@@ -141,6 +141,8 @@ class SessionsServicer:
 
     def Import(self, request_iterator, context):
         """The history once, then its KV, as Export gave them. ALREADY_EXISTS if there is one of the name.
+        A client that wants to be told so before it sends the KV waits for the initial metadata: with
+        model1-import: accepted the KV may follow.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

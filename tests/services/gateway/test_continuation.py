@@ -317,7 +317,6 @@ async def test_the_id_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
         grpc.StatusCode.INVALID_ARGUMENT,
         grpc.StatusCode.INTERNAL,
         grpc.StatusCode.DEADLINE_EXCEEDED,
-        grpc.StatusCode.CANCELLED,
         grpc.StatusCode.FAILED_PRECONDITION,
     ],
 )
