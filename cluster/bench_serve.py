@@ -12,7 +12,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,7 +41,7 @@ FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Decode speed of both sides in one turn, tokens/s."""
+    """One speed of both sides in one turn, tokens/s."""
 
     distributed: float
     one_process: float
@@ -51,14 +51,33 @@ class Pair:
         return self.distributed / self.one_process
 
 
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """One speed of both sides, turn by turn."""
+
+    turns: tuple[Pair, ...]
+
+    @property
+    def medians(self) -> Pair:
+        return Pair(
+            statistics.median(pair.distributed for pair in self.turns),
+            statistics.median(pair.one_process for pair in self.turns),
+        )
+
+    @property
+    def ratio(self) -> float:
+        """Median of the turns' ratios."""
+        return statistics.median(pair.ratio for pair in self.turns)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """Times in seconds. Crossings are those of a full batch that decodes."""
 
     machine: str
     workload: Workload
-    pairs: tuple[Pair, ...]
-    whole_ratio: float  # of the speeds with the prompts' time included
+    throughput: Pairs  # all tokens over the whole time, the prompts' included
+    decode: Pairs  # while every request decodes
     crossing: Percentiles
     crossing_wait: Percentiles  # with nothing to compute
     # Where a step ran as two micro-batches: of half as many rows.
@@ -68,17 +87,6 @@ class Report:
     echo: Percentiles
     request_bytes: int
     reply_bytes: int
-
-    @property
-    def medians(self) -> Pair:
-        return Pair(
-            statistics.median(pair.distributed for pair in self.pairs),
-            statistics.median(pair.one_process for pair in self.pairs),
-        )
-
-    @property
-    def ratio(self) -> float:
-        return statistics.median(pair.ratio for pair in self.pairs)
 
 
 def bench_serve(*, num_pairs: int, as_json: bool) -> None:
@@ -134,14 +142,8 @@ async def _compare(site: Site, workload: Workload, *, num_pairs: int, machine: s
     return Report(
         machine=machine,
         workload=workload,
-        pairs=tuple(
-            Pair(ours.decode_tokens_per_second, theirs.decode_tokens_per_second)
-            for ours, theirs in zip(turns.distributed, turns.one_process, strict=True)
-        ),
-        whole_ratio=statistics.median(
-            ours.tokens_per_second / theirs.tokens_per_second
-            for ours, theirs in zip(turns.distributed, turns.one_process, strict=True)
-        ),
+        throughput=turns.pairs(lambda measured: measured.tokens_per_second),
+        decode=turns.pairs(lambda measured: measured.decode_tokens_per_second),
         crossing=Percentiles(whole.crossing_seconds_p50, whole.crossing_seconds_p99),
         crossing_wait=Percentiles(whole.crossing_wait_seconds_p50, whole.crossing_wait_seconds_p99),
         half_crossing=Percentiles(half.crossing_seconds_p50, half.crossing_seconds_p99),
@@ -162,6 +164,10 @@ class _Turns:
     distributed: list[Measured]
     one_process: list[Measured]
     round_trips: list[float]
+
+    def pairs(self, speed: Callable[[Measured], float]) -> Pairs:
+        sides = zip(self.distributed, self.one_process, strict=True)
+        return Pairs(tuple(Pair(speed(ours), speed(theirs)) for ours, theirs in sides))
 
 
 async def _take_turns(
@@ -221,27 +227,24 @@ async def _stats(worker: WorkerAddress, num_rows: int) -> attention_pb2.Attentio
 
 def _print_tables(report: Report) -> None:
     work = report.workload
+    num_pairs = len(report.decode.turns)
     print(
         f"mini, bfloat16, one compute thread a process, {report.machine}\n"
         f"{work.batch} requests at once, prompts of {work.min_prompt_tokens} to "
-        f"{work.max_prompt_tokens} tokens, {work.max_tokens} new tokens each; {len(report.pairs)} "
+        f"{work.max_prompt_tokens} tokens, {work.max_tokens} new tokens each; {num_pairs} "
         "pairs of runs in turns; the same tokens on both sides\n"
     )
+    whole, decode = report.throughput, report.decode
     rows = [
-        (str(number), f"{pair.distributed:.1f}", f"{pair.one_process:.1f}", f"{pair.ratio:.2f}x")
-        for number, pair in enumerate(report.pairs, start=1)
-    ]
-    medians = report.medians
-    rows.append(
-        (
-            "median",
-            f"{medians.distributed:.1f}",
-            f"{medians.one_process:.1f}",
-            f"{report.ratio:.2f}x",
+        (str(number), *_cells(run, run.ratio), *_cells(decoding, decoding.ratio))
+        for number, (run, decoding) in enumerate(
+            zip(whole.turns, decode.turns, strict=True), start=1
         )
-    )
-    print(text_table(("decode tokens/s", "distributed", "one process", "ratio"), rows))
-    print(f"with the prompts' time: {report.whole_ratio:.2f}x")
+    ]
+    medians = (*_cells(whole.medians, whole.ratio), *_cells(decode.medians, decode.ratio))
+    rows.append(("median", *medians))
+    columns = ("distributed", "one process", "ratio")
+    print(text_table(("tokens/s", *columns, *(f"decode: {name}" for name in columns)), rows))
     print(f"steps as two micro-batches: {report.overlapped_share:.0%}\n")
     request_kib, reply_kib = report.request_bytes / 1024, report.reply_bytes / 1024
     times = {
@@ -255,10 +258,16 @@ def _print_tables(report: Report) -> None:
     print(text_table(("milliseconds", "p50", "p99"), cells))
 
 
+def _cells(pair: Pair, ratio: float) -> tuple[str, str, str]:
+    return f"{pair.distributed:.1f}", f"{pair.one_process:.1f}", f"{ratio:.2f}x"
+
+
 def _as_dict(report: Report) -> dict[str, object]:
     return asdict(report) | {
-        "decode_tokens_per_second": asdict(report.medians),
-        "ratio": report.ratio,
+        "tokens_per_second": asdict(report.throughput.medians),
+        "ratio": report.throughput.ratio,
+        "decode_tokens_per_second": asdict(report.decode.medians),
+        "decode_ratio": report.decode.ratio,
         "tokens_identical": True,  # or there would be no report
     }
 

@@ -19,8 +19,8 @@ def test_a_tiny_deployment_is_compared_with_one_process(tiny_checkpoint: Path) -
         vocab_size=tiny_model.VOCAB_SIZE,
     )
     report = compare(tiny_checkpoint, workload, num_pairs=1, machine="here")
-    assert len(report.pairs) == 1
-    assert report.ratio > 0
+    assert len(report.throughput.turns) == len(report.decode.turns) == 1
+    assert report.throughput.ratio > 0 and report.decode.ratio > 0
     assert report.crossing.p99 >= report.crossing.p50 >= report.crossing_wait.p50 > 0
     assert 0 <= report.overlapped_share < 1  # the first steps never are
     assert report.echo.p50 > 0
