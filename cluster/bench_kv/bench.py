@@ -33,7 +33,7 @@ class Scale:
     load: Load = field(default_factory=Load)
     savings: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192)
-    bandwidth_lengths: tuple[int, ...] = (8192, 32768)
+    bandwidth_lengths: tuple[int, ...] = (8192, 32768, 131_072)
     repeats: int = 3
     requests: int = 40
 
