@@ -5,8 +5,9 @@ expert is an index into the measured loads. The routing table has one row for al
 is an expert id with its load summed over the layers; with a table for each layer a number for each
 (layer, expert) would do as well.
 
-Loads are predicted as if an expert's pairs were split evenly over its copies. The router takes the
-copy whose replica owes the fewest pairs, which over many layer crossings comes to about the same.
+Loads are predicted as if an expert's pairs were split evenly over its copies. The router divides
+those of a crossing where there are many, and gives few to the copy whose replica owes the fewest
+pairs, which over many crossings comes to about the same.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.router.routing import Load, RoutingTable
+from services.router.routing import MIN_PAIRS_AN_EXPERT, Load, RoutingTable
 
 IDLE = Load(0, 0)
 
@@ -90,6 +90,38 @@ def test_of_groups_with_a_choice_the_largest_comes_first() -> None:
     }
 
 
+def test_pairs_enough_for_two_replicas_are_divided_so_that_both_are_through_at_once() -> None:
+    table = RoutingTable.of(1, [["a", "b"], ["a"]])
+
+    def divided(num_pairs: int, **loads: Load) -> dict[str, list[int]]:
+        shares = table.split(_ids(*[0] * num_pairs), _loads("a", "b") | loads).shares
+        return {share.replica: share.positions.tolist() for share in shares}
+
+    least = MIN_PAIRS_AN_EXPERT
+    assert divided(2 * least) == {"a": [*range(least)], "b": [*range(least, 2 * least)]}
+    assert divided(2 * least - 1) == {"a": [*range(2 * least - 1)]}
+    assert divided(41, a=Load(9, 0)) == {"b": [*range(25)], "a": [*range(25, 41)]}
+    assert divided(40, a=Load(100, 0)) == {"b": [*range(40)]}
+    slow_and_fast = {"a": Load(0, 0, slowness=6.0), "b": Load(0, 0, slowness=2.0)}
+    assert divided(40, **slow_and_fast) == {"b": [*range(30)], "a": [*range(30, 40)]}
+    assert divided(40, a=Load(0, 0, is_suspect=True)) == {"b": [*range(40)]}
+
+
+def test_what_is_divided_evens_out_what_cannot_be() -> None:
+    table = RoutingTable.of(1, [["a", "b"], ["a"], ["b"]])
+    shares = table.split(_ids(*[0] * 30, *[1] * 4, *[2] * 10), _loads("a", "b")).shares
+    assert {share.replica: len(share.positions) for share in shares} == {"a": 22, "b": 22}
+
+
+def test_a_group_is_divided_only_if_its_experts_have_enough_pairs_each() -> None:
+    table = RoutingTable.of(1, [["a", "b"], ["a", "b"]])
+    few = [0, 1] * (2 * MIN_PAIRS_AN_EXPERT - 1)
+    assert len(table.split(_ids(*few), _loads("a", "b")).shares) == 1
+    enough = [0, 1] * (2 * MIN_PAIRS_AN_EXPERT)
+    shares = table.split(_ids(*enough), _loads("a", "b")).shares
+    assert [len(share.positions) for share in shares] == [2 * MIN_PAIRS_AN_EXPERT] * 2
+
+
 def test_groups_that_take_the_same_replica_share_a_message() -> None:
     table = RoutingTable.of(1, [["a", "b"], ["a"]])
     shares = table.split(_ids(1, 0), _loads("a", b=Load(9, 9))).shares
@@ -126,8 +158,10 @@ def test_every_pair_goes_to_exactly_one_usable_replica_of_its_expert_or_is_stran
 ) -> None:
     table = RoutingTable.of(1, [sorted(replicas) for replicas in replicas_of_expert])
     expert = st.integers(0, len(replicas_of_expert) - 1)
-    ids = np.array(data.draw(st.lists(expert, min_size=1, max_size=40)), dtype=np.int32)
-    shares, stranded, _ = table.split(ids, _loads(*usable))
+    draws = st.lists(expert, min_size=1, max_size=40)
+    ids = np.array(data.draw(draws), dtype=np.int32).repeat(data.draw(st.integers(1, 30)))
+    loads = {name: Load(data.draw(st.integers(0, 90)), 0) for name in sorted(usable)}
+    shares, stranded, _ = table.split(ids, loads)
     assert len({share.replica for share in shares}) == len(shares)
     parts = [*(share.positions for share in shares), *(positions for _, positions in stranded)]
     assert sorted(p for positions in parts for p in positions.tolist()) == list(range(len(ids)))
