@@ -6,8 +6,8 @@ is an expert id with its load summed over the layers; with a table for each laye
 (layer, expert) would do as well.
 
 Loads are predicted as if an expert's pairs were split evenly over its copies. The router divides
-those of a crossing where there are many, and gives few to the copy whose replica owes the fewest
-pairs, which over many crossings comes to about the same.
+those of a crossing where there are many, and gives few to the copy whose replica was given least of
+late, which over many crossings comes to about the same.
 """
 
 from __future__ import annotations

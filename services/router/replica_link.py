@@ -19,12 +19,16 @@ from protos import expert_pb2, expert_pb2_grpc
 from services import wire
 from services.duplex import CLOCK_KEY, Duplex
 from services.histogram import Histogram
+from services.router.fading_count import FadingCount
 from services.router.hedging import PROBE_INTERVAL_SECONDS, AnswerTimes, Slowness
+from services.router.routing import Load
 from services.tls import Tls
 from services.wire import ExpertRows, Words
 
 # A replica that answered wrongly is passed over for so long, where there is another.
 WRONG_ANSWER_PAUSE_SECONDS = 1.0
+# Of what a replica counts as given: many crossings, and over soon after experts have moved.
+RECENT_HALF_LIFE_SECONDS = 1.0
 # Answers that another replica may better: full, going, or the call came damaged.
 _TRY_ANOTHER = {
     grpc.StatusCode.DATA_LOSS.value[0],
@@ -82,6 +86,7 @@ class ReplicaLink:
         self.heard_at = 0.0  # when it answered last
         self._times = times
         self._slowness = Slowness()
+        self._recent_pairs = FadingCount(RECENT_HALF_LIFE_SECONDS)
         self._distrusted_until = 0.0
         self._sent_at = 0.0
         self._pending: dict[int, SentCall] = {}  # in the order in which they are answered
@@ -118,6 +123,14 @@ class ReplicaLink:
         oldest = next(iter(self._pending.values()), None)
         return oldest is not None and oldest.due < now
 
+    def load(self, now: float) -> Load:
+        return Load(
+            outstanding_pairs=self.outstanding_pairs,
+            recent_pairs=self._recent_pairs.value(now),
+            slowness=self.slowness,
+            is_suspect=self.is_suspect(now),
+        )
+
     def may_be_probed(self, now: float) -> bool:
         return not self._pending and now - self._sent_at >= PROBE_INTERVAL_SECONDS
 
@@ -133,6 +146,7 @@ class ReplicaLink:
         self.calls += 1
         num_pairs = len(call.row_index)
         self.pairs += num_pairs
+        self._recent_pairs.add(num_pairs, now)
         self.outstanding_pairs += num_pairs
         sent = SentCall(
             call_id=self.calls,

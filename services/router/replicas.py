@@ -49,7 +49,7 @@ class Replicas:
         """Of the replicas that may be used for pairs that were not on these streams."""
         now = asyncio.get_running_loop().time()
         return {
-            address: Load(link.outstanding_pairs, link.pairs, link.slowness, link.is_suspect(now))
+            address: link.load(now)
             for address, link in self._links.items()
             if link.connected and link.stream not in tried
         }

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +15,9 @@ from numpy.typing import NDArray
 
 from services.router.hedging import slow_factor
 
-# What makes it worth to read an expert's weights on one more replica: on a CPU core 4 pairs of an
-# expert of *mini* take 98 us, 8 take 111, 16 take 144 and 32 take 223.
+# What makes it worth to read an expert's weights on one more replica; fewer make no difference to
+# who is through first. On a CPU core 4 pairs of an expert of *mini* take 98 us, 8 take 111, 16 take
+# 144 and 32 take 223.
 MIN_PAIRS_AN_EXPERT = 8
 
 
@@ -25,7 +25,7 @@ class Load(NamedTuple):
     """What is compared to choose a replica."""
 
     outstanding_pairs: int  # what it still owes
-    total_pairs: int  # what it was ever given
+    recent_pairs: float  # what it was given of late
     slowness: float = 1.0  # how long it takes, 1 being typical
     is_suspect: bool = False  # it should have answered by now: only if there is no other
 
@@ -91,105 +91,115 @@ class RoutingTable:
     def split(self, expert_ids: NDArray[np.int32], loads: Mapping[str, Load]) -> Split:
         """Which replica gets which of the pairs `expert_ids` [P].
 
-        `loads` names the replicas that may be used. Every group with pairs takes the replica that
-        is through with them first, or several of them if there are enough pairs for each; groups
+        `loads` names the replicas that may be used. Every group with pairs takes a replica that is
+        through with them first, or several of them if there are enough pairs for each; groups
         that take the same one share a message. Groups that have no choice come first, then those
         with most pairs, so that the others even them out.
         """
         group_of_pair = self.group_of_expert[expert_ids]  # [P]
         pairs_of_group = np.bincount(group_of_pair, minlength=len(self.groups))
-        slow: set[str] = set()
-        chosen: dict[str, int] = {}  # replica -> share
-        given: Counter[str] = Counter()  # pairs, of this split
+        by_group = np.argsort(group_of_pair, kind="stable")
+        ends = np.cumsum(pairs_of_group).tolist()
+        asked = []  # for each group its replicas that may be used, and the positions of its pairs
+        for group_id in np.flatnonzero(pairs_of_group).tolist():
+            group = self.groups[group_id]
+            usable = [each for each in group.replicas if each in loads]
+            positions = by_group[ends[group_id] - pairs_of_group[group_id] : ends[group_id]]
+            asked.append((group, usable, positions))
+        asked.sort(key=lambda each: (len(each[1]) > 1, -len(each[2])))
+        choice = _Choice(loads)
+        pieces: dict[str, list[NDArray[np.intp]]] = {}  # by replica
         stranded: list[tuple[ExpertGroup, NDArray[np.intp]]] = []
-        share_of_group = np.zeros(len(self.groups), dtype=np.intp)
-        divided: list[tuple[int, list[tuple[str, int]]]] = []  # groups, and who takes how many
-        usable_of = {
-            group_id: [each for each in self.groups[group_id].replicas if each in loads]
-            for group_id in np.flatnonzero(pairs_of_group).tolist()
-        }
-        has_choice = {group_id: len(usable) > 1 for group_id, usable in usable_of.items()}
-        for group_id in sorted(usable_of, key=lambda g: (has_choice[g], -pairs_of_group[g])):
-            group, usable = self.groups[group_id], usable_of[group_id]
+        for group, usable, positions in asked:
             if not usable:
-                share_of_group[group_id] = -1
-                stranded.append((group, np.flatnonzero(group_of_pair == group_id)))
+                stranded.append((group, positions))
                 continue
-            factors = _slow_factors(usable, loads)
-            slow.update(address for address, factor in factors.items() if factor > 1)
-            num_pairs = int(pairs_of_group[group_id])
-            takers: list[tuple[str, int]] = []
-            if len(usable) > 1 and num_pairs >= 2 * MIN_PAIRS_AN_EXPERT:
-                num_experts = len(np.unique(expert_ids[group_of_pair == group_id]))
-                min_pairs = MIN_PAIRS_AN_EXPERT * num_experts
-                takers = _divided(usable, loads, factors, given, num_pairs, min_pairs)
-            if len(takers) > 1:
-                divided.append((group_id, takers))
-            else:
-                cost = partial(_cost, loads, factors, given, num_pairs)
-                takers = [(min(usable, key=cost), num_pairs)]
-            for replica, taken in takers:
-                given[replica] += taken
-                chosen.setdefault(replica, len(chosen))
-            share_of_group[group_id] = chosen[takers[0][0]]
-        if len(chosen) == 1 and not stranded:
-            (replica,) = chosen
-            return Split([Share(replica, np.arange(len(expert_ids)))], [], frozenset(slow))
-        share_of_pair = share_of_group[group_of_pair]  # [P]
-        for group_id, takers in divided:
             # Neighbours stay together: so few rows travel to more than one replica.
-            positions = np.flatnonzero(group_of_pair == group_id)
-            share_of_pair[positions] = np.repeat(
-                [chosen[replica] for replica, _ in takers], [taken for _, taken in takers]
-            )
+            first = 0
+            for replica, num_pairs in choice.takers(usable, expert_ids[positions]):
+                piece = positions[first : first + num_pairs]
+                pieces.setdefault(replica, []).append(piece)
+                first += num_pairs
         shares = [
-            Share(replica, np.flatnonzero(share_of_pair == share))
-            for replica, share in chosen.items()
+            Share(replica, each[0] if len(each) == 1 else np.sort(np.concatenate(each)))
+            for replica, each in pieces.items()
         ]
-        return Split(shares, stranded, frozenset(slow))
+        return Split(shares, stranded, frozenset(choice.slow))
 
 
-def _divided(
-    replicas: Sequence[str],
-    loads: Mapping[str, Load],
-    factors: Mapping[str, float],
-    given: Mapping[str, int],
-    num_pairs: int,
-    min_pairs: int,
-) -> list[tuple[str, int]]:
-    """Who takes how many of `num_pairs` so that all of them are through at the same time: as many
-    replicas as get `min_pairs` each. Empty if that is less than two."""
-    trusted = [each for each in replicas if not loads[each].is_suspect]
-    owed = {each: loads[each].outstanding_pairs + given[each] for each in trusted}
-    first_free = sorted(
-        trusted, key=lambda r: ((owed[r] + min_pairs) * factors[r], loads[r].total_pairs)
-    )
-    for count in range(min(len(first_free), num_pairs // min_pairs), 1, -1):
-        takers = first_free[:count]
-        speed = {each: 1 / factors[each] for each in takers}
-        level = (num_pairs + sum(owed[each] for each in takers)) / sum(speed.values())
-        shares = [int(level * speed[each]) - owed[each] for each in takers]
-        shares[0] += num_pairs - sum(shares)  # what rounding left
-        if min(shares) >= min_pairs:
-            return list(zip(takers, shares, strict=True))
-    return []
+class _Choice:
+    """Who takes the pairs of one group after the other, of one split."""
 
+    def __init__(self, loads: Mapping[str, Load]) -> None:
+        self.slow: set[str] = set()
+        self._loads = loads
+        self._given: Counter[str] = Counter()  # pairs, of this split
 
-def _slow_factors(replicas: Sequence[str], loads: Mapping[str, Load]) -> dict[str, float]:
-    fastest = min(loads[address].slowness for address in replicas)
-    return {address: slow_factor(loads[address].slowness, fastest) for address in replicas}
+    def takers(
+        self, replicas: Sequence[str], expert_ids: NDArray[np.int32]
+    ) -> list[tuple[str, int]]:
+        """Of `replicas`, who takes how many of the pairs; all of them are given to somebody."""
+        factors = self._slow_factors(replicas)
+        self.slow.update(replica for replica, factor in factors.items() if factor > 1)
+        num_pairs = len(expert_ids)
+        takers: list[tuple[str, int]] = []
+        if len(replicas) > 1 and num_pairs >= 2 * MIN_PAIRS_AN_EXPERT:
+            num_experts = np.count_nonzero(np.bincount(expert_ids))
+            takers = self._divided(factors, num_pairs, MIN_PAIRS_AN_EXPERT * int(num_experts))
+        takers = takers or [(self._first_through(factors, num_pairs), num_pairs)]
+        self._given.update(dict(takers))
+        return takers
 
+    def _first_through(self, factors: Mapping[str, float], num_pairs: int) -> str:
+        """Among those that are through at about the same time the one that was given least of
+        late: else small differences, the same in every crossing, would add up."""
+        if len(factors) == 1:
+            return next(iter(factors))
+        cost = {
+            replica: (self._loads[replica].is_suspect, (self._owes(replica) + num_pairs) * factor)
+            for replica, factor in factors.items()
+        }
+        first = min(cost, key=cost.__getitem__)
+        is_suspect, through_at = cost[first]
+        latest = through_at + MIN_PAIRS_AN_EXPERT
+        about_as_soon = (
+            replica
+            for replica in factors
+            if factors[replica] == factors[first] and (is_suspect, latest) >= cost[replica]
+        )
+        return min(about_as_soon, key=lambda each: (self._given_of_late(each), cost[each]))
 
-def _cost(
-    loads: Mapping[str, Load],
-    factors: Mapping[str, float],
-    given: Mapping[str, int],
-    num_pairs: int,
-    replica: str,
-) -> tuple[bool, float, int]:
-    load = loads[replica]
-    owed_then = (load.outstanding_pairs + given[replica] + num_pairs) * factors[replica]
-    return load.is_suspect, owed_then, load.total_pairs
+    def _divided(
+        self, factors: Mapping[str, float], num_pairs: int, min_pairs: int
+    ) -> list[tuple[str, int]]:
+        """Who takes how many so that all of them are through at the same time: as many replicas as
+        get `min_pairs` each. Empty if that is less than two."""
+        trusted = [each for each in factors if not self._loads[each].is_suspect]
+        owed = {each: self._owes(each) for each in trusted}
+        first_free = sorted(
+            trusted,
+            key=lambda each: ((owed[each] + min_pairs) * factors[each], self._given_of_late(each)),
+        )
+        for count in range(min(len(first_free), num_pairs // min_pairs), 1, -1):
+            takers = first_free[:count]
+            speed = {each: 1 / factors[each] for each in takers}
+            level = (num_pairs + sum(owed[each] for each in takers)) / sum(speed.values())
+            shares = [int(level * speed[each]) - owed[each] for each in takers]
+            shares[0] += num_pairs - sum(shares)  # what rounding left
+            if min(shares) >= min_pairs:
+                return list(zip(takers, shares, strict=True))
+        return []
+
+    def _owes(self, replica: str) -> int:
+        return self._loads[replica].outstanding_pairs + self._given[replica]
+
+    def _given_of_late(self, replica: str) -> float:
+        return self._loads[replica].recent_pairs + self._given[replica]
+
+    def _slow_factors(self, replicas: Sequence[str]) -> dict[str, float]:
+        slowness = {each: self._loads[each].slowness for each in replicas}
+        fastest = min(slowness.values())
+        return {each: slow_factor(value, fastest) for each, value in slowness.items()}
 
 
 def _ranges(ids: Sequence[int]) -> str:

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +42,28 @@ def test_equal_debts_go_to_the_replica_that_has_had_less() -> None:
     assert [share.replica for share in table.split(_ids(0), loads).shares] == ["b"]
 
 
+def test_who_is_through_a_little_later_takes_them_if_it_has_had_less() -> None:
+    table = RoutingTable.of(1, [["a", "b"]])
+
+    def chosen(b_owes: int, slowness: float = 1.0) -> str:
+        loads = {"a": Load(0, 100), "b": Load(b_owes, 90, slowness)}
+        return table.split(_ids(0), loads).shares[0].replica
+
+    assert [chosen(MIN_PAIRS_AN_EXPERT), chosen(MIN_PAIRS_AN_EXPERT + 1)] == ["b", "a"]
+    assert chosen(0, slowness=8.0) == "a"
+
+
+def test_differences_that_are_the_same_in_every_crossing_do_not_add_up() -> None:
+    # Expert 0 would always go to b, since a has one pair more of its own.
+    table = RoutingTable.of(1, [["a", "b"], ["a"], ["b"]])
+    given = Counter[str]()
+    for _ in range(100):
+        loads = {name: Load(0, given[name]) for name in ("a", "b")}
+        shares = table.split(_ids(*[0] * 6, *[1] * 5, *[2] * 4), loads).shares
+        given.update({share.replica: len(share.positions) for share in shares})
+    assert abs(given["a"] - given["b"]) <= 6
+
+
 def test_a_slow_replica_takes_what_it_is_through_with_first() -> None:
     table = RoutingTable.of(1, [["slow", "fast"]])
 
@@ -49,7 +73,7 @@ def test_a_slow_replica_takes_what_it_is_through_with_first() -> None:
         assert slow == {"slow"}
         return shares[0].replica
 
-    assert [chosen(1, owes) for owes in (0, 2, 3, 4)] == ["fast", "fast", "slow", "slow"]
+    assert [chosen(1, owes) for owes in (0, 2, 3, 4)] == ["fast", "fast", "fast", "slow"]
     assert chosen(10, 4) == "fast"
 
 
