@@ -1,20 +1,24 @@
-"""How a few of the model's operations become one call each on the CPU.
+"""How a few operations become one call each on the CPU.
 
-A decode step has so few numbers in most of its operations that a torch call costs more than its
-arithmetic. Their plain loops, in float32, are compiled to machine code here (numba: no compiler
-on the user's machine), one row after the other, so that a row's bits cannot depend on the others.
-Knows nothing of the model.
+A decode step has so few numbers in most of its operations that a call of torch or numpy costs more
+than its arithmetic. Their plain loops are compiled to machine code here (numba: no compiler on the
+user's machine). The model's, in float32, go one row after the other, so that a row's bits cannot
+depend on the others. Knows nothing of the model.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import llvmlite.binding
 import numba
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Floats = npt.NDArray[np.float32]
 P = ParamSpec("P")
@@ -35,10 +39,20 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     The code is kept beside the module, or else in the user's cache folder or $NUMBA_CACHE_DIR.
     Where none of these can be written to, every process compiles anew.
     """
+    return _compiled(function, fastmath=_FREEDOM)
+
+
+def compiled_as_written(function: Callable[P, R]) -> Callable[P, R]:
+    """The same with every operation in the order in which it is written."""
+    return _compiled(function, fastmath=False)
+
+
+def _compiled(function: Callable[P, R], **options: Any) -> Callable[P, R]:
+    options |= {"nogil": True, "error_model": "numpy"}
     try:
-        made = numba.njit(nogil=True, error_model="numpy", fastmath=_FREEDOM, cache=True)(function)
+        made = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder for the cache
-        made = numba.njit(nogil=True, error_model="numpy", fastmath=_FREEDOM)(function)
+        made = numba.njit(**options)(function)
     return cast("Callable[P, R]", made)
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import grpc.aio
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model1.moe import ExpertCall
@@ -167,15 +169,21 @@ class RoutedExperts:
 
 
 def layer_rows(call: ExpertCall) -> LayerRows:
-    rows = call.rows.detach().cpu().contiguous()
     # numpy has no bfloat16: its words travel as uint16.
-    words = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows
+    rows = call.rows
     return LayerRows(
         layer=call.layer,
-        rows=words.numpy(),
-        expert_ids=call.expert_ids.cpu().contiguous().numpy(),
-        weights=call.weights.detach().cpu().contiguous().numpy(),
+        rows=_array(rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows),
+        expert_ids=_array(call.expert_ids),
+        weights=_array(call.weights),
     )
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    array: NDArray[Any] = tensor.cpu().contiguous().numpy()
+    return array
 
 
 def _open_dispatch(

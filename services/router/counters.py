@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from services.router.pairs import count_experts
 from services.wire import LayerRows
 
 
@@ -27,4 +28,4 @@ class RouterCounters:
     def load(self, call: LayerRows, num_experts: int) -> None:
         if len(self.expert_pairs) != num_experts:  # the first one: the first table is in use
             self.expert_pairs = np.zeros(num_experts, dtype=np.int64)
-        self.expert_pairs += np.bincount(call.expert_ids.reshape(-1), minlength=num_experts)
+        count_experts(call.expert_ids, self.expert_pairs)

@@ -14,6 +14,7 @@ from enum import Enum, auto
 import numpy as np
 from numpy.typing import NDArray
 
+from services.router.pairs import land
 from services.router.replica_link import ReplicaLink, SentCall
 from services.router.routing import ExpertGroup
 from services.wire import LayerRows, Words
@@ -84,11 +85,8 @@ class Crossing:
 
     def store(self, positions: NDArray[np.intp], rows: Words) -> bool:
         """Whether any of them was missing. Two replicas give bitwise the same rows."""
-        num_new = len(positions) - int(np.count_nonzero(self._is_answered[positions]))
-        if num_new:
-            self.pair_rows[positions] = rows
-            self._is_answered[positions] = True
-            self.missing_pairs -= num_new
+        num_new = land(rows, positions, self.pair_rows, self._is_answered)
+        self.missing_pairs -= num_new
         return num_new > 0
 
     def call_at(self, when: float, callback: Callable[..., None], *arguments: object) -> None:

@@ -20,13 +20,14 @@ from services import errors
 from services.router.counters import RouterCounters
 from services.router.crossing import Crossing, Part, Purpose, Stranded
 from services.router.hedging import HEDGE_FLOOR_SECONDS, LOST_MULTIPLE, HedgeBudget
-from services.router.pairs import added_in_order, gather
+from services.router.pairs import added_in_order, first_flaw, gather
 from services.router.replica_link import ReplicaLink, ReplicaUnusable
 from services.router.replicas import Replicas
 from services.router.retirement import TablesOut
 from services.router.routing import Load, RoutingTable, Share, Split
+from services.router.warm_up import warm_up
 from services.tls import Tls
-from services.wire import LayerRows, MalformedCall, Words, first_outside
+from services.wire import LayerRows, MalformedCall, Words
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Router:
         replica_wait_seconds: float = REPLICA_WAIT_SECONDS,
         tls: Tls | None = None,
     ) -> None:
+        warm_up()
         self.name = name
         self.counters = RouterCounters()
         self._max_crossings_under_way = max_crossings_under_way
@@ -132,14 +134,15 @@ class Router:
             raise errors.QueueFull(
                 f"router {self.name} has {self._max_crossings_under_way} layer crossings under way"
             )
-        ids = call.expert_ids
-        if (stranger := first_outside(ids, self.table.num_experts)) is not None:
-            raise errors.ModelMismatch(
-                f"expert {stranger}: router {self.name} knows {self.table.num_experts} experts "
-                f"(epoch {self.table.epoch})"
-            )
-        if (ids[:, 1:] < ids[:, :-1]).any():
+        num_experts = self.table.num_experts
+        if (flaw := first_flaw(call.expert_ids, num_experts)) < 0:
+            return
+        if 0 <= (expert := int(call.expert_ids.flat[flaw])) < num_experts:
             raise MalformedCall("expert_ids are not ascending in each row")
+        raise errors.ModelMismatch(
+            f"expert {expert}: router {self.name} knows {num_experts} experts "
+            f"(epoch {self.table.epoch})"
+        )
 
     def _send(
         self,

@@ -6,19 +6,21 @@ Knows no stream, clock or model. A table never changes; the next one has a highe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from model1.compiled import compiled_as_written
 from services.router.hedging import slow_factor
 
-# What makes it worth to read an expert's weights on one more replica; fewer make no difference to
-# who is through first. On a CPU core 4 pairs of an expert of *mini* take 98 us, 8 take 111, 16 take
-# 144 and 32 take 223.
+# What makes it worth to read an expert's weights on one more replica: on a CPU core 4 pairs of an
+# expert of *mini* take 98 us, 8 take 111, 16 take 144 and 32 take 223.
 MIN_PAIRS_AN_EXPERT = 8
+# Replicas that are through so few pairs one after the other are through at about the same time.
+ABOUT_AS_SOON_PAIRS = 16
 
 
 class Load(NamedTuple):
@@ -96,35 +98,103 @@ class RoutingTable:
         that take the same one share a message. Groups that have no choice come first, then those
         with most pairs, so that the others even them out.
         """
-        group_of_pair = self.group_of_expert[expert_ids]  # [P]
-        pairs_of_group = np.bincount(group_of_pair, minlength=len(self.groups))
-        by_group = np.argsort(group_of_pair, kind="stable")
-        ends = np.cumsum(pairs_of_group).tolist()
-        asked = []  # for each group its replicas that may be used, and the positions of its pairs
-        for group_id in np.flatnonzero(pairs_of_group).tolist():
-            group = self.groups[group_id]
-            usable = [each for each in group.replicas if each in loads]
-            positions = by_group[ends[group_id] - pairs_of_group[group_id] : ends[group_id]]
-            asked.append((group, usable, positions))
-        asked.sort(key=lambda each: (len(each[1]) > 1, -len(each[2])))
+        pairs_of_group, experts_of_group = _counted(
+            expert_ids, self.group_of_expert, len(self.groups)
+        ).tolist()
+        usable_of = {
+            group_id: [each for each in self.groups[group_id].replicas if each in loads]
+            for group_id, num_pairs in enumerate(pairs_of_group)
+            if num_pairs
+        }
         choice = _Choice(loads)
-        pieces: dict[str, list[NDArray[np.intp]]] = {}  # by replica
+        takers_of: dict[int, Sequence[tuple[str | int, int]]] = {}
+        for group_id in sorted(
+            usable_of, key=lambda each: (len(usable_of[each]) > 1, -pairs_of_group[each])
+        ):
+            num_pairs, num_experts = pairs_of_group[group_id], experts_of_group[group_id]
+            usable = usable_of[group_id]
+            takers_of[group_id] = (
+                choice.takers(usable, num_pairs, num_experts) if usable else [(group_id, num_pairs)]
+            )
+        shares: list[Share] = []
         stranded: list[tuple[ExpertGroup, NDArray[np.intp]]] = []
-        for group, usable, positions in asked:
-            if not usable:
-                stranded.append((group, positions))
-                continue
-            # Neighbours stay together: so few rows travel to more than one replica.
-            first = 0
-            for replica, num_pairs in choice.takers(usable, expert_ids[positions]):
-                piece = positions[first : first + num_pairs]
-                pieces.setdefault(replica, []).append(piece)
-                first += num_pairs
-        shares = [
-            Share(replica, each[0] if len(each) == 1 else np.sort(np.concatenate(each)))
-            for replica, each in pieces.items()
-        ]
+        for taker, positions in self._dealt(expert_ids, takers_of):
+            if isinstance(taker, str):
+                shares.append(Share(taker, positions))
+            else:
+                stranded.append((self.groups[taker], positions))
         return Split(shares, stranded, frozenset(choice.slow))
+
+    def _dealt(
+        self,
+        expert_ids: NDArray[np.int32],
+        takers_of: Mapping[int, Sequence[tuple[str | int, int]]],
+    ) -> Iterator[tuple[str | int, NDArray[np.intp]]]:
+        """Each taker's pairs. Of every group with pairs `takers_of` says who takes how many. Those
+        that go to one taker are neighbours: so few rows travel to more than one replica."""
+        first_taker = np.zeros(len(self.groups), dtype=np.intp)
+        number_of: dict[str | int, int] = {}
+        takers: list[int] = []
+        quotas: list[int] = []
+        for group_id, each_quota in takers_of.items():
+            first_taker[group_id] = len(takers)
+            for taker, quota in each_quota:
+                takers.append(number_of.setdefault(taker, len(number_of)))
+                quotas.append(quota)
+        positions, ends = _dealt(
+            *(expert_ids, self.group_of_expert, first_taker),
+            *(np.array(takers, dtype=np.intp), np.array(quotas, dtype=np.intp), len(number_of)),
+        )
+        start = 0
+        for taker, end in zip(number_of, ends.tolist(), strict=True):
+            yield taker, positions[start:end]
+            start = end
+
+
+@compiled_as_written
+def _counted(
+    expert_ids: NDArray[np.int32], group_of_expert: NDArray[np.intp], num_groups: int
+) -> NDArray[np.intp]:
+    """Of each group the pairs, and how many experts have any [2, num_groups]."""
+    counts = np.zeros((2, num_groups), dtype=np.intp)
+    has_pairs = np.zeros(len(group_of_expert), dtype=np.bool_)
+    for expert in expert_ids:
+        group = group_of_expert[expert]
+        counts[0, group] += 1
+        if not has_pairs[expert]:
+            has_pairs[expert] = True
+            counts[1, group] += 1
+    return counts
+
+
+@compiled_as_written
+def _dealt(
+    expert_ids: NDArray[np.int32],
+    group_of_expert: NDArray[np.intp],
+    next_taker: NDArray[np.intp],
+    takers: NDArray[np.intp],
+    quotas: NDArray[np.intp],
+    num_takers: int,
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """The positions of the pairs by taker, ascending for each, and where each taker's end. A
+    group's pairs go to `takers[next_taker[group]]` until its quota is used up, and so on."""
+    ends = np.zeros(num_takers, dtype=np.intp)
+    for index in range(len(takers)):
+        ends[takers[index]] += quotas[index]
+    ends = np.cumsum(ends)
+    free = np.zeros(num_takers, dtype=np.intp)
+    free[1:] = ends[:-1]
+    positions = np.empty(len(expert_ids), dtype=np.intp)
+    for position in range(len(expert_ids)):
+        group = group_of_expert[expert_ids[position]]
+        index = next_taker[group]
+        quotas[index] -= 1
+        if not quotas[index]:
+            next_taker[group] += 1
+        taker = takers[index]
+        positions[free[taker]] = position
+        free[taker] += 1
+    return positions, ends
 
 
 class _Choice:
@@ -136,16 +206,14 @@ class _Choice:
         self._given: Counter[str] = Counter()  # pairs, of this split
 
     def takers(
-        self, replicas: Sequence[str], expert_ids: NDArray[np.int32]
+        self, replicas: Sequence[str], num_pairs: int, num_experts: int
     ) -> list[tuple[str, int]]:
         """Of `replicas`, who takes how many of the pairs; all of them are given to somebody."""
         factors = self._slow_factors(replicas)
         self.slow.update(replica for replica, factor in factors.items() if factor > 1)
-        num_pairs = len(expert_ids)
         takers: list[tuple[str, int]] = []
         if len(replicas) > 1 and num_pairs >= 2 * MIN_PAIRS_AN_EXPERT:
-            num_experts = np.count_nonzero(np.bincount(expert_ids))
-            takers = self._divided(factors, num_pairs, MIN_PAIRS_AN_EXPERT * int(num_experts))
+            takers = self._divided(factors, num_pairs, MIN_PAIRS_AN_EXPERT * num_experts)
         takers = takers or [(self._first_through(factors, num_pairs), num_pairs)]
         self._given.update(dict(takers))
         return takers
@@ -161,7 +229,7 @@ class _Choice:
         }
         first = min(cost, key=cost.__getitem__)
         is_suspect, through_at = cost[first]
-        latest = through_at + MIN_PAIRS_AN_EXPERT
+        latest = through_at + ABOUT_AS_SOON_PAIRS
         about_as_soon = (
             replica
             for replica in factors

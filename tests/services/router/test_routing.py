@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.router.routing import MIN_PAIRS_AN_EXPERT, Load, RoutingTable
+from services.router.routing import ABOUT_AS_SOON_PAIRS, MIN_PAIRS_AN_EXPERT, Load, RoutingTable
 
 IDLE = Load(0, 0)
 
@@ -49,7 +49,7 @@ def test_who_is_through_a_little_later_takes_them_if_it_has_had_less() -> None:
         loads = {"a": Load(0, 100), "b": Load(b_owes, 90, slowness)}
         return table.split(_ids(0), loads).shares[0].replica
 
-    assert [chosen(MIN_PAIRS_AN_EXPERT), chosen(MIN_PAIRS_AN_EXPERT + 1)] == ["b", "a"]
+    assert [chosen(ABOUT_AS_SOON_PAIRS), chosen(ABOUT_AS_SOON_PAIRS + 1)] == ["b", "a"]
     assert chosen(0, slowness=8.0) == "a"
 
 

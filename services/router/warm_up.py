@@ -1,0 +1,40 @@
+"""Makes the machine code that a crossing runs through before the first one comes: taken from the
+cache of an earlier process in a tenth of a second, or else compiled, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from services import wire
+from services.router.counters import RouterCounters
+from services.router.crossing import Crossing
+from services.router.pairs import added_in_order, first_flaw, gather
+from services.router.routing import Load, RoutingTable
+from services.wire import LayerRows
+
+
+@functools.cache
+def warm_up() -> None:
+    """Once a process, inside the event loop."""
+    table = RoutingTable.of(1, [["replica"]])
+    for word in (wire.BFLOAT16_WORD, wire.FLOAT32_WORD):
+        asked = LayerRows(
+            layer=0,
+            rows=np.zeros((1, 1), dtype=word),
+            expert_ids=np.zeros((1, 1), dtype=np.int32),
+            weights=np.zeros((1, 1), dtype=np.float32),
+        )
+        # Through the wire: what arrives is read-only, and needs machine code of its own.
+        call = wire.decode_layer_rows(wire.encode_layer_rows(0, asked, None))
+        first_flaw(call.expert_ids, table.num_experts)
+        RouterCounters().load(call, table.num_experts)
+        expert_ids = call.expert_ids.reshape(-1)[np.arange(1)]
+        shares = table.split(expert_ids, {"replica": Load(0, 0)}).shares
+        crossing = Crossing(call, None, lambda _: None)
+        for _, positions in shares:
+            answer = wire.encode_expert_outputs(0, gather(call, positions).rows)
+            crossing.store(positions, wire.decode_pair_rows(answer, word, 1, 1))
+        added_in_order(crossing.pair_rows, 1)
