@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cluster.access import access
 from cluster.bench_balance.crossings import CrossingLoad
@@ -43,6 +44,7 @@ from model1.config import ModelConfig
 
 EXPONENT = 1.2
 REBALANCE_SECONDS = 5.0
+CONTROL_SECONDS = REBALANCE_SECONDS / 2
 READ_SECONDS = 1.0
 NUM_QUESTIONS = 6
 
@@ -145,7 +147,7 @@ async def _measure(site: Site, plan: Plan, questions: Sequence[Question], machin
     moving = [shift for shift in shifts if shift.num_moves]
     first, last = counted[0], counted[-1]
     pairs = sum(last.pairs.values()) - sum(first.pairs.values())
-    gaps_moving, gaps_otherwise = split_gaps(traffic.log.exchanges, moving, begun, ended)
+    gaps = split_gaps(traffic.log.exchanges, moving, begun, ended)
     return Report(
         machine=machine,
         seed=plan.seed,
@@ -161,8 +163,9 @@ async def _measure(site: Site, plan: Plan, questions: Sequence[Question], machin
             for start, until, bound in zip(starts, [*starts[1:], ended], bounds, strict=True)
         ),
         moving_seconds=sum(shift.ended - shift.begun for shift in moving),
-        gaps_moving=Gaps.of(gaps_moving),
-        gaps_otherwise=Gaps.of(gaps_otherwise),
+        gaps_moving=Gaps.of(gaps.moving),
+        gaps_later=Gaps.of(gaps.later),
+        gaps_still=Gaps.of(gaps.still),
         num_crossings=load.num_answered,
         num_answers=traffic.log.num_answered,
         num_tokens=traffic.log.num_tokens,
@@ -171,19 +174,35 @@ async def _measure(site: Site, plan: Plan, questions: Sequence[Question], machin
     )
 
 
+class SplitGaps(NamedTuple):
+    """Seconds between two tokens of a stream."""
+
+    moving: list[float]  # that have a part of a time in which experts moved
+    # Of those without, the ones that have a part of the same times CONTROL_SECONDS later. A long
+    # gap meets such a time more often than a short one, so that these alone compare with `moving`.
+    later: list[float]
+    still: list[float]  # all without
+
+
 def split_gaps(
     exchanges: Sequence[Exchange], moving: Sequence[Shift], begun: float, ended: float
-) -> tuple[list[float], list[float]]:
-    """Those between two tokens in which experts moved for some time, and the others."""
-    with_moves: list[float] = []
-    without: list[float] = []
+) -> SplitGaps:
+    gaps = SplitGaps([], [], [])
     for exchange in exchanges:
         for begin, end in exchange.gaps:
             if begin < begun or end > ended:
                 continue
-            is_moving = any(begin < shift.ended and end > shift.begun for shift in moving)
-            (with_moves if is_moving else without).append(end - begin)
-    return with_moves, without
+            if _meets(begin, end, moving):
+                gaps.moving.append(end - begin)
+                continue
+            gaps.still.append(end - begin)
+            if _meets(begin - CONTROL_SECONDS, end - CONTROL_SECONDS, moving):
+                gaps.later.append(end - begin)
+    return gaps
+
+
+def _meets(begin: float, end: float, shifts: Sequence[Shift]) -> bool:
+    return any(begin < shift.ended and end > shift.begun for shift in shifts)
 
 
 def _drift(

@@ -28,13 +28,15 @@ class Gaps:
 
     count: int
     p50: float
+    p90: float
     p99: float
     longest: float
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Gaps":
         values = seconds or [0.0]
-        return cls(len(seconds), percentile(values, 0.5), percentile(values, 0.99), max(values))
+        p50, p90, p99 = (percentile(values, fraction) for fraction in (0.5, 0.9, 0.99))
+        return cls(len(seconds), p50, p90, p99, max(values))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +52,9 @@ class Report:
     pairs_per_second: float
     drifts: tuple[Drift, ...]
     moving_seconds: float  # in all
-    gaps_moving: Gaps  # of those that have a part of a time in which experts moved
-    gaps_otherwise: Gaps
+    gaps_moving: Gaps  # see SplitGaps
+    gaps_later: Gaps
+    gaps_still: Gaps
     num_crossings: int  # that were answered
     num_answers: int
     num_tokens: int
@@ -89,13 +92,15 @@ def print_tables(report: Report) -> None:
     print(text_table(header, rows))
     gaps = (
         (f"while experts moved ({report.moving_seconds:.1f} s)", report.gaps_moving),
-        ("otherwise", report.gaps_otherwise),
+        ("for as long a little later", report.gaps_later),
+        ("all while none moved", report.gaps_still),
     )
-    cells = [
-        (name, each.count, *(f"{x * 1e3:.0f}" for x in (each.p50, each.p99, each.longest)))
-        for name, each in gaps
-    ]
-    print("\n" + text_table(("ms between two tokens", "gaps", "p50", "p99", "longest"), cells))
+    cells = []
+    for name, each in gaps:
+        seconds = (each.p50, each.p90, each.p99, each.longest)
+        cells.append((name, each.count, *(f"{x * 1e3:.0f}" for x in seconds)))
+    print()
+    print(text_table(("ms between two tokens", "gaps", "p50", "p90", "p99", "longest"), cells))
     print(
         f"\n{report.num_crossings} crossings; {report.num_answers} answers, {report.num_tokens}"
         f" tokens, compared with one process: {len(report.wrong)} wrong;"

@@ -71,10 +71,12 @@ def test_a_balance_counts_from_when_it_is_kept() -> None:
     assert seconds_until_kept(since[:12], 99.0, 0.9) is None
 
 
-def test_gaps_are_those_with_moves_and_the_others_of_the_same_time() -> None:
-    exchange = Exchange(0, started=0.0, arrivals=[0.5, 1.5, 2.0, 3.5, 9.0, 10.0])
-    shifts = [Shift(1.8, 2.2, 4)]
-    assert split_gaps([exchange], shifts, 1.0, 9.5) == ([0.5, 1.5], [5.5])
+def test_gaps_are_those_with_moves_those_of_like_times_without_and_all_without() -> None:
+    exchange = Exchange(0, started=0.0, arrivals=[0.5, 1.5, 2.0, 3.5, 6.0, 7.0, 9.0, 10.0])
+    shifts = [Shift(1.8, 2.2, 4)]  # and 4.3 to 4.7
+    assert split_gaps([exchange], shifts, 1.0, 9.5) == ([0.5, 1.5], [2.5], [2.5, 1.0, 2.0])
+    shifts.append(Shift(4.5, 4.6, 1))  # no quiet time, then; and 7.0 to 7.1
+    assert split_gaps([exchange], shifts, 1.0, 9.5) == ([0.5, 1.5, 2.5], [2.0], [1.0, 2.0])
 
 
 @pytest.mark.slow  # a deployment of eight processes under load
@@ -91,7 +93,7 @@ def test_experts_move_under_a_skewed_load_and_no_token_changes(tmp_path: Path) -
     assert report.wrong == report.failed == ()
     assert report.num_answers > 0
     assert report.num_crossings > 0
-    assert report.gaps_otherwise.count > report.gaps_moving.count
+    assert report.gaps_still.count > report.gaps_moving.count
     assert sum(drift.num_moves for drift in report.drifts) > 0
     assert all(drift.bound == 1.0 for drift in report.drifts)
     assert report.drifts[0].settled_balance > 0.8
