@@ -197,15 +197,6 @@ def first_outside(indices: NDArray[np.int32], end: int) -> int | None:
     return int(strays[0])
 
 
-def widened(words: Words) -> NDArray[np.float32]:
-    """float32 of the same values, exactly; a new array where the words are bfloat16."""
-    if words.dtype == FLOAT32_WORD:
-        return words.view(np.float32)
-    wide = words.astype(np.uint32)
-    wide <<= 16
-    return wide.view(np.float32)
-
-
 def _checksum(*tensors: bytes) -> int:
     state = xxhash.xxh3_64()
     for tensor in tensors:

@@ -6,9 +6,12 @@ used. To an emulated one the line is a number: how many bytes of weights it read
 """
 
 import asyncio
+import math
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
 
 from model1.checkpoint import load_config
 from model1.config import ModelConfig
@@ -25,7 +28,7 @@ _BFLOAT16_BYTES = 2
 
 class EmulatedReplica(ExpertReplica):
     """Sleeps as long as reading the weights of the experts asked for takes, and answers each pair
-    with its row."""
+    with its row; where that takes no time, with zeros, which are there already."""
 
     bytes_per_second = float("inf")
 
@@ -33,11 +36,16 @@ class EmulatedReplica(ExpertReplica):
         super().__init__("emulated", ExpertBank(config, expert_ids))  # no memory is ever touched
         matrix_bytes = config.hidden_size * config.moe_intermediate_size * _BFLOAT16_BYTES
         self._expert_bytes = _MATRICES_AN_EXPERT * matrix_bytes
+        self._zeros: dict[tuple[int, int], Words] = {}  # by shape
 
     def compute(self, call: ExpertRows) -> Words:
+        if math.isinf(self.bytes_per_second):
+            shape = (len(call.row_index), call.rows.shape[1])
+            if shape not in self._zeros:
+                self._zeros[shape] = np.zeros(shape, dtype=call.rows.dtype)
+            return self._zeros[shape]
         num_bytes = len(set(call.expert_ids.tolist())) * self._expert_bytes
-        if seconds := num_bytes / self.bytes_per_second:
-            time.sleep(seconds)
+        time.sleep(num_bytes / self.bytes_per_second)
         pair_rows: Words = call.rows[call.row_index]
         return pair_rows
 

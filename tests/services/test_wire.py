@@ -3,7 +3,6 @@ from dataclasses import replace
 import grpc
 import numpy as np
 import pytest
-import torch
 
 from model1.errors import ConfigError
 from protos import expert_pb2, router_pb2
@@ -103,13 +102,6 @@ def test_an_answer_comes_back_as_it_was_or_is_refused() -> None:
 
 def _with_a_bit_flipped(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
-
-
-def test_widening_a_bfloat16_word_is_exact() -> None:
-    every_word = torch.arange(0, 2**16, dtype=torch.int32).to(torch.uint16)
-    expected = every_word.view(torch.bfloat16).float().numpy()
-    got = wire.widened(every_word.numpy())
-    np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,13 @@ def test_sums_are_bitwise_those_of_the_model(
     np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32), strict=True)
 
 
+def test_the_sum_of_a_single_pair_is_its_row_exactly() -> None:
+    every_word = torch.arange(0, 2**16, dtype=torch.int32).to(torch.uint16).reshape(-1, 64)
+    expected = every_word.view(torch.bfloat16).float().numpy()
+    got = added_in_order(every_word.numpy(), len(every_word))
+    np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+
+
 def test_adding_leaves_the_pair_rows_as_they_were() -> None:
     pairs = np.ones((4, 8), dtype=np.float32)
     added_in_order(pairs, 2)
