@@ -115,6 +115,9 @@ def import_role(role: Role) -> None:
     match role:
         case Role.ROUTER:
             import services.router.server
+            from services.router.warm_up import warm_up
+
+            warm_up()
         case Role.EXPERT:
             import services.expert.loading
             import services.expert.server
@@ -208,6 +211,9 @@ def load_router(name: str, place: Place, tls: "Tls | None") -> Serve:
     from services.router.router import Router
     from services.router.routing import RoutingTable
     from services.router.server import router_service, router_stats
+    from services.router.warm_up import warm_up
+
+    warm_up()
 
     async def serve(peers: Peers) -> Serving:
         router = Router(name, tls=tls)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
 
 import llvmlite.binding
 import numba
@@ -47,12 +47,11 @@ def compiled_as_written(function: Callable[P, R]) -> Callable[P, R]:
     return _compiled(function, fastmath=False)
 
 
-def _compiled(function: Callable[P, R], **options: Any) -> Callable[P, R]:
-    options |= {"nogil": True, "error_model": "numpy"}
+def _compiled(function: Callable[P, R], fastmath: set[str] | bool) -> Callable[P, R]:
     try:
-        made = numba.njit(cache=True, **options)(function)
+        made = numba.njit(nogil=True, error_model="numpy", fastmath=fastmath, cache=True)(function)
     except RuntimeError:  # no folder for the cache
-        made = numba.njit(**options)(function)
+        made = numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
     return cast("Callable[P, R]", made)
 
 

@@ -44,6 +44,7 @@ from model1.config import ModelConfig
 
 EXPONENT = 1.2
 REBALANCE_SECONDS = 5.0
+# Between two rebalances: then a like time without moves is looked at.
 CONTROL_SECONDS = REBALANCE_SECONDS / 2
 READ_SECONDS = 1.0
 NUM_QUESTIONS = 6

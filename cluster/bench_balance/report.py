@@ -92,8 +92,8 @@ def print_tables(report: Report) -> None:
     print(text_table(header, rows))
     gaps = (
         (f"while experts moved ({report.moving_seconds:.1f} s)", report.gaps_moving),
-        ("for as long a little later", report.gaps_later),
-        ("all while none moved", report.gaps_still),
+        ("in like times without moves", report.gaps_later),
+        ("all without moves", report.gaps_still),
     )
     cells = []
     for name, each in gaps:

@@ -180,9 +180,7 @@ def layer_rows(call: ExpertCall) -> LayerRows:
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    array: NDArray[Any] = tensor.cpu().contiguous().numpy()
+    array: NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
     return array
 
 

@@ -101,8 +101,9 @@ def added_in_order(pairs: Words, num_rows: int) -> NDArray[np.float32]:
     Bit for bit what model1.moe.combine does, so that a token does not depend on where it ran.
     """
     # One row a pair travels, not one float64 partial sum a row: measured on two cores at D = 512 in
-    # bfloat16, pairs are never slower (32 rows, top-4, 2 groups: 1.15 against 1.67 ms; top-8 in one
-    # group, the best case for sums: 1.13 against 1.15), and float64 sums of float32 rows round.
+    # bfloat16, when this was numpy, pairs are never slower (32 rows, top-4, 2 groups: 1.15 against
+    # 1.67 ms; top-8 in one group, the best case for sums: 1.13 against 1.15), and float64 sums of
+    # float32 rows round.
     if pairs.dtype == FLOAT32_WORD:
         return _added_float32(pairs.view(np.float32), num_rows)
     return _added_bfloat16(pairs.view(np.uint16), num_rows)

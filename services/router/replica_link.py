@@ -27,7 +27,8 @@ from services.wire import ExpertRows, Words
 
 # A replica that answered wrongly is passed over for so long, where there is another.
 WRONG_ANSWER_PAUSE_SECONDS = 1.0
-# Of what a replica counts as given: many crossings, and over soon after experts have moved.
+# Of what a replica counts as sent of late: many crossings pass in it, and what was sent before
+# experts moved is soon forgotten.
 RECENT_HALF_LIFE_SECONDS = 1.0
 # Answers that another replica may better: full, going, or the call came damaged.
 _TRY_ANOTHER = {

@@ -27,7 +27,7 @@ from services.router.retirement import TablesOut
 from services.router.routing import Load, RoutingTable, Share, Split
 from services.router.warm_up import warm_up
 from services.tls import Tls
-from services.wire import LayerRows, MalformedCall, Words
+from services.wire import LayerRows, MalformedCall, Words, first_outside
 
 log = logging.getLogger(__name__)
 
@@ -112,10 +112,10 @@ class Router:
         except (MalformedCall, errors.ServiceError) as error:
             self._finish(crossing, error)
             return
-        self.counters.load(crossing.call, self.table.num_experts)
         if not crossing.missing_pairs:
             self._finish(crossing, np.zeros(crossing.call.rows.shape, dtype=np.float32))
             return
+        self.counters.load(crossing.call, self.table.num_experts)
         if crossing.deadline is not None:
             crossing.call_at(crossing.deadline, self._expire)
         self._send(crossing, np.arange(crossing.missing_pairs), frozenset(), reason="")
@@ -135,14 +135,14 @@ class Router:
                 f"router {self.name} has {self._max_crossings_under_way} layer crossings under way"
             )
         num_experts = self.table.num_experts
-        if (flaw := first_flaw(call.expert_ids, num_experts)) < 0:
+        if not call.expert_ids.size or first_flaw(call.expert_ids, num_experts) < 0:
             return
-        if 0 <= (expert := int(call.expert_ids.flat[flaw])) < num_experts:
-            raise MalformedCall("expert_ids are not ascending in each row")
-        raise errors.ModelMismatch(
-            f"expert {expert}: router {self.name} knows {num_experts} experts "
-            f"(epoch {self.table.epoch})"
-        )
+        if (stranger := first_outside(call.expert_ids, num_experts)) is not None:
+            raise errors.ModelMismatch(
+                f"expert {stranger}: router {self.name} knows {num_experts} experts "
+                f"(epoch {self.table.epoch})"
+            )
+        raise MalformedCall("expert_ids are not ascending in each row")
 
     def _send(
         self,

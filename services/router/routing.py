@@ -19,7 +19,8 @@ from services.router.hedging import slow_factor
 # What makes it worth to read an expert's weights on one more replica: on a CPU core 4 pairs of an
 # expert of *mini* take 98 us, 8 take 111, 16 take 144 and 32 take 223.
 MIN_PAIRS_AN_EXPERT = 8
-# Replicas that are through so few pairs one after the other are through at about the same time.
+# Who is through with a group no later than the first would be with twice as many of its pairs, is
+# through about as soon: groups are as uneven as that anyway. Up to so many pairs, about 60 us.
 ABOUT_AS_SOON_PAIRS = 16
 
 
@@ -27,7 +28,7 @@ class Load(NamedTuple):
     """What is compared to choose a replica."""
 
     outstanding_pairs: int  # what it still owes
-    recent_pairs: float  # what it was given of late
+    recent_pairs: float  # what it was sent of late, for whatever reason
     slowness: float = 1.0  # how long it takes, 1 being typical
     is_suspect: bool = False  # it should have answered by now: only if there is no other
 
@@ -93,10 +94,10 @@ class RoutingTable:
     def split(self, expert_ids: NDArray[np.int32], loads: Mapping[str, Load]) -> Split:
         """Which replica gets which of the pairs `expert_ids` [P].
 
-        `loads` names the replicas that may be used. Every group with pairs takes a replica that is
-        through with them first, or several of them if there are enough pairs for each; groups
-        that take the same one share a message. Groups that have no choice come first, then those
-        with most pairs, so that the others even them out.
+        `loads` names the replicas that may be used. Every group with pairs takes one that is
+        through with them about as soon as any, or several if there are enough pairs for each;
+        groups that take the same one share a message. Groups that have no choice come first, then
+        those with most pairs, so that the others even them out.
         """
         pairs_of_group, experts_of_group = _counted(
             expert_ids, self.group_of_expert, len(self.groups)
@@ -118,14 +119,14 @@ class RoutingTable:
             )
         shares: list[Share] = []
         stranded: list[tuple[ExpertGroup, NDArray[np.intp]]] = []
-        for taker, positions in self._dealt(expert_ids, takers_of):
+        for taker, positions in self._deal(expert_ids, takers_of):
             if isinstance(taker, str):
                 shares.append(Share(taker, positions))
             else:
                 stranded.append((self.groups[taker], positions))
         return Split(shares, stranded, frozenset(choice.slow))
 
-    def _dealt(
+    def _deal(
         self,
         expert_ids: NDArray[np.int32],
         takers_of: Mapping[int, Sequence[tuple[str | int, int]]],
@@ -134,16 +135,22 @@ class RoutingTable:
         that go to one taker are neighbours: so few rows travel to more than one replica."""
         first_taker = np.zeros(len(self.groups), dtype=np.intp)
         number_of: dict[str | int, int] = {}
-        takers: list[int] = []
+        numbers: list[int] = []
         quotas: list[int] = []
-        for group_id, each_quota in takers_of.items():
-            first_taker[group_id] = len(takers)
-            for taker, quota in each_quota:
-                takers.append(number_of.setdefault(taker, len(number_of)))
+        for group_id, takers in takers_of.items():
+            first_taker[group_id] = len(numbers)
+            for taker, quota in takers:
+                numbers.append(number_of.setdefault(taker, len(number_of)))
                 quotas.append(quota)
+        # What is compiled looks at no bounds.
+        assert all(quota > 0 for quota in quotas) and sum(quotas) == len(expert_ids)
         positions, ends = _dealt(
-            *(expert_ids, self.group_of_expert, first_taker),
-            *(np.array(takers, dtype=np.intp), np.array(quotas, dtype=np.intp), len(number_of)),
+            expert_ids,
+            self.group_of_expert,
+            first_taker,
+            np.array(numbers, dtype=np.intp),
+            np.array(quotas, dtype=np.intp),
+            len(number_of),
         )
         start = 0
         for taker, end in zip(number_of, ends.tolist(), strict=True):
@@ -219,8 +226,8 @@ class _Choice:
         return takers
 
     def _first_through(self, factors: Mapping[str, float], num_pairs: int) -> str:
-        """Among those that are through at about the same time the one that was given least of
-        late: else small differences, the same in every crossing, would add up."""
+        """Among those that are through about as soon as any the one that was given least of late:
+        else small differences, the same in every crossing, would add up."""
         if len(factors) == 1:
             return next(iter(factors))
         cost = {
@@ -229,7 +236,7 @@ class _Choice:
         }
         first = min(cost, key=cost.__getitem__)
         is_suspect, through_at = cost[first]
-        latest = through_at + ABOUT_AS_SOON_PAIRS
+        latest = through_at + min(num_pairs, ABOUT_AS_SOON_PAIRS)
         about_as_soon = (
             replica
             for replica in factors

@@ -10,15 +10,14 @@ import numpy as np
 
 from services import wire
 from services.router.counters import RouterCounters
-from services.router.crossing import Crossing
-from services.router.pairs import added_in_order, first_flaw, gather
+from services.router.pairs import added_in_order, first_flaw, gather, land
 from services.router.routing import Load, RoutingTable
-from services.wire import LayerRows
+from services.wire import LayerRows, Words
 
 
 @functools.cache
 def warm_up() -> None:
-    """Once a process, inside the event loop."""
+    """Once a process; blocks."""
     table = RoutingTable.of(1, [["replica"]])
     for word in (wire.BFLOAT16_WORD, wire.FLOAT32_WORD):
         asked = LayerRows(
@@ -33,8 +32,9 @@ def warm_up() -> None:
         RouterCounters().load(call, table.num_experts)
         expert_ids = call.expert_ids.reshape(-1)[np.arange(1)]
         shares = table.split(expert_ids, {"replica": Load(0, 0)}).shares
-        crossing = Crossing(call, None, lambda _: None)
+        pair_rows: Words = np.empty((1, 1), dtype=word)
         for _, positions in shares:
             answer = wire.encode_expert_outputs(0, gather(call, positions).rows)
-            crossing.store(positions, wire.decode_pair_rows(answer, word, 1, 1))
-        added_in_order(crossing.pair_rows, 1)
+            rows = wire.decode_pair_rows(answer, word, 1, 1)
+            land(rows, positions, pair_rows, np.zeros(1, dtype=np.bool_))
+        added_in_order(pair_rows, 1)

@@ -42,15 +42,30 @@ def test_equal_debts_go_to_the_replica_that_has_had_less() -> None:
     assert [share.replica for share in table.split(_ids(0), loads).shares] == ["b"]
 
 
-def test_who_is_through_a_little_later_takes_them_if_it_has_had_less() -> None:
+def test_who_is_through_about_as_soon_takes_them_if_it_has_had_less() -> None:
     table = RoutingTable.of(1, [["a", "b"]])
 
-    def chosen(b_owes: int, slowness: float = 1.0) -> str:
-        loads = {"a": Load(0, 100), "b": Load(b_owes, 90, slowness)}
-        return table.split(_ids(0), loads).shares[0].replica
+    def chosen(num_pairs: int, b_owes: int, slowness: float = 1.0) -> str:
+        loads = {"a": Load(0, 1000), "b": Load(b_owes, 90, slowness)}
+        (share,) = table.split(_ids(*[0] * num_pairs), loads).shares
+        return share.replica
 
-    assert [chosen(ABOUT_AS_SOON_PAIRS), chosen(ABOUT_AS_SOON_PAIRS + 1)] == ["b", "a"]
-    assert chosen(0, slowness=8.0) == "a"
+    # With one pair more than a would have with twice as many.
+    assert [chosen(1, 1), chosen(1, 2), chosen(3, 3), chosen(3, 4)] == ["b", "a", "b", "a"]
+    assert chosen(3, 0, slowness=8.0) == "a"
+
+
+def test_about_as_soon_is_bounded() -> None:
+    experts = 4 * ABOUT_AS_SOON_PAIRS  # one pair each: too few to divide
+    table = RoutingTable.of(1, [["a", "b"]] * experts)
+    for more, expected in ((0, "b"), (1, "a")):
+        loads = {"a": Load(0, 1000), "b": Load(ABOUT_AS_SOON_PAIRS + more, 0)}
+        (share,) = table.split(_ids(*range(experts)), loads).shares
+        assert share.replica == expected
+
+
+def test_nothing_is_split_into_nothing() -> None:
+    assert RoutingTable.of(1, [["a"]]).split(_ids(), _loads("a")) == ([], [], frozenset())
 
 
 def test_differences_that_are_the_same_in_every_crossing_do_not_add_up() -> None:
