@@ -176,7 +176,7 @@ async def _measure(site: Site, plan: Plan, questions: Sequence[Question], machin
 
 
 class SplitGaps(NamedTuple):
-    """Seconds between two tokens of a stream."""
+    """Seconds between two tokens of a stream while no prompt was computed."""
 
     moving: list[float]  # that have a part of a time in which experts moved
     # Of those without, the ones that have a part of the same times CONTROL_SECONDS later. A long
@@ -188,22 +188,26 @@ class SplitGaps(NamedTuple):
 def split_gaps(
     exchanges: Sequence[Exchange], moving: Sequence[Shift], begun: float, ended: float
 ) -> SplitGaps:
+    prompts = [(each.started, each.arrivals[0]) for each in exchanges if each.arrivals]
+    moves = [(shift.begun, shift.ended) for shift in moving]
+    later = [(begin + CONTROL_SECONDS, end + CONTROL_SECONDS) for begin, end in moves]
     gaps = SplitGaps([], [], [])
     for exchange in exchanges:
-        for begin, end in exchange.gaps:
-            if begin < begun or end > ended:
+        for gap in exchange.gaps:
+            if gap[0] < begun or gap[1] > ended or _meets(gap, prompts):
                 continue
-            if _meets(begin, end, moving):
-                gaps.moving.append(end - begin)
+            seconds = gap[1] - gap[0]
+            if _meets(gap, moves):
+                gaps.moving.append(seconds)
                 continue
-            gaps.still.append(end - begin)
-            if _meets(begin - CONTROL_SECONDS, end - CONTROL_SECONDS, moving):
-                gaps.later.append(end - begin)
+            gaps.still.append(seconds)
+            if _meets(gap, later):
+                gaps.later.append(seconds)
     return gaps
 
 
-def _meets(begin: float, end: float, shifts: Sequence[Shift]) -> bool:
-    return any(begin < shift.ended and end > shift.begun for shift in shifts)
+def _meets(span: tuple[float, float], others: Sequence[tuple[float, float]]) -> bool:
+    return any(span[0] < end and span[1] > begin for begin, end in others)
 
 
 def _drift(

@@ -100,7 +100,12 @@ def print_tables(report: Report) -> None:
         seconds = (each.p50, each.p90, each.p99, each.longest)
         cells.append((name, each.count, *(f"{x * 1e3:.0f}" for x in seconds)))
     print()
-    print(text_table(("ms between two tokens", "gaps", "p50", "p90", "p99", "longest"), cells))
+    print(
+        text_table(
+            ("ms between two tokens, no prompt meanwhile", "gaps", "p50", "p90", "p99", "longest"),
+            cells,
+        )
+    )
     print(
         f"\n{report.num_crossings} crossings; {report.num_answers} answers, {report.num_tokens}"
         f" tokens, compared with one process: {len(report.wrong)} wrong;"

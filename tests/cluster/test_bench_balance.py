@@ -77,6 +77,8 @@ def test_gaps_are_those_with_moves_those_of_like_times_without_and_all_without()
     assert split_gaps([exchange], shifts, 1.0, 9.5) == ([0.5, 1.5], [2.5], [2.5, 1.0, 2.0])
     shifts.append(Shift(4.5, 4.6, 1))  # no quiet time, then; and 7.0 to 7.1
     assert split_gaps([exchange], shifts, 1.0, 9.5) == ([0.5, 1.5, 2.5], [2.0], [1.0, 2.0])
+    prompt = Exchange(1, started=6.5, arrivals=[6.8])
+    assert split_gaps([exchange, prompt], shifts, 1.0, 9.5) == ([0.5, 1.5, 2.5], [2.0], [2.0])
 
 
 @pytest.mark.slow  # a deployment of eight processes under load
