@@ -1,5 +1,5 @@
 """Makes the machine code that a crossing runs through before the first one comes: taken from the
-cache of an earlier process in a tenth of a second, or else compiled, which takes seconds.
+cache of an earlier process in a quarter of a second, or else compiled, which takes five.
 """
 
 from __future__ import annotations
