@@ -35,7 +35,7 @@ class BalanceSettings:
     """Balance is the mean over the largest load of the replicas: 1 when all have the same."""
 
     redundancy: float = 0.125  # copies beyond those that there must be, as a share of these
-    act_below: float = 0.95  # a better balance than this is left alone
+    act_below: float = 0.97  # a better balance than this is left alone
     aim: float = 0.98  # a plan goes no further than this
     min_gain: float = 0.02  # moving weights for less does not pay
     # A copy with more than this share of a replica's mean load is hard to place beside others.
