@@ -216,20 +216,26 @@ class _Choice:
         self, replicas: Sequence[str], num_pairs: int, num_experts: int
     ) -> list[tuple[str, int]]:
         """Of `replicas`, who takes how many of the pairs; all of them are given to somebody."""
+        takers = [(replicas[0], num_pairs)]
+        if len(replicas) > 1:
+            takers = self._chosen(replicas, num_pairs, num_experts)
+        for replica, quota in takers:
+            self._given[replica] += quota
+        return takers
+
+    def _chosen(
+        self, replicas: Sequence[str], num_pairs: int, num_experts: int
+    ) -> list[tuple[str, int]]:
         factors = self._slow_factors(replicas)
         self.slow.update(replica for replica, factor in factors.items() if factor > 1)
         takers: list[tuple[str, int]] = []
-        if len(replicas) > 1 and num_pairs >= 2 * MIN_PAIRS_AN_EXPERT:
+        if num_pairs >= 2 * MIN_PAIRS_AN_EXPERT:
             takers = self._divided(factors, num_pairs, MIN_PAIRS_AN_EXPERT * num_experts)
-        takers = takers or [(self._first_through(factors, num_pairs), num_pairs)]
-        self._given.update(dict(takers))
-        return takers
+        return takers or [(self._first_through(factors, num_pairs), num_pairs)]
 
     def _first_through(self, factors: Mapping[str, float], num_pairs: int) -> str:
         """Among those that are through about as soon as any the one that was given least of late:
         else small differences, the same in every crossing, would add up."""
-        if len(factors) == 1:
-            return next(iter(factors))
         cost = {
             replica: (self._loads[replica].is_suspect, (self._owes(replica) + num_pairs) * factor)
             for replica, factor in factors.items()
