@@ -4,7 +4,7 @@ pairs needs, where answers land, and their sum.
 Pair p of a crossing of T rows with k experts each is row p // k and that row's (p % k)-th expert.
 Plain functions of arrays; knows no replica. Each loop is one call: a crossing has few numbers, and
 a router that was asleep pays 5 to 10 us for every call of numpy. The loops go through rows number
-by number: for whole rows the compiler makes code that takes five times as long.
+by number: for whole rows the compiler makes code that takes several times as long.
 """
 
 from __future__ import annotations
